@@ -1,0 +1,189 @@
+"""Which backend runs a call, and why.
+
+A backend is named by argument, else by `with fastseg.backend(name):`, else by the environment variable FASTSEG_BACKEND
+(read once, at import), else it is "auto". A named backend that cannot run raises BackendError; "auto" takes native
+instead and counts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from fastseg import extension
+
+BACKENDS = ("auto", "native", "reference", "cpu", "triton", "cuda")
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class BackendError(RuntimeError):
+    """The backend asked for by name cannot run this call; the message says why."""
+
+
+class Choice(NamedTuple):
+    backend: str
+    reason: str
+
+
+class Problem(NamedTuple):
+    """What a backend is chosen from: one call of one operator."""
+
+    operator: str  # "depthwise_conv2d", "dense_conv2d" or "grouped_conv2d"
+    device_type: str
+    dtype: torch.dtype
+
+
+# (operator, reason) -> number of calls that "auto" left to native.
+native_calls: Counter[tuple[str, str]] = Counter()
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"expected {source} to be one of {', '.join(BACKENDS)}, but got {name!r}")
+    return name
+
+
+_requested = _check_name(os.environ.get("FASTSEG_BACKEND", "auto"), "the environment variable FASTSEG_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Run every fastseg operator inside the block on backend `name` where the call itself names none.
+
+    Args:
+        name: "auto", "native", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: `name` is none of these.
+        BackendError: raised by an operator call inside, when the backend cannot run it.
+
+    Example:
+        >>> import torch, fastseg
+        >>> x, w = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3)
+        >>> with fastseg.backend("reference"):
+        ...     y = fastseg.ops.depthwise_conv2d(x, w)
+    """
+    global _requested
+    _check_name(name, "backend")
+    previous, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which also takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+# Operators without kernels of their own, and what the user is told.
+_NATIVE_ONLY = {
+    "dense_conv2d": "dense convolutions (groups == 1) run on native, in channels_last",
+    "grouped_conv2d": "there are kernels for groups == 1 and groups == channels only",
+}
+
+
+def _no_operator_kernels(problem: Problem) -> str | None:
+    return _NATIVE_ONLY.get(problem.operator)
+
+
+def _cpu_reason(problem: Problem) -> str | None:
+    if extension.EXTENSION is None:
+        return extension.MISSING
+    if problem.device_type != "cpu":
+        return f"the C++ CPU kernels take CPU tensors, not {problem.device_type} tensors"
+    return _no_operator_kernels(problem)
+
+
+def _triton_reason(problem: Problem) -> str | None:
+    if problem.dtype == torch.float64:
+        return "the Triton kernels take float32, float16 and bfloat16, not float64"
+    if problem.device_type != "cuda" and not (problem.device_type == "cpu" and triton_interpreted()):
+        return (
+            f"the Triton kernels take CUDA tensors, not {problem.device_type} tensors "
+            "(TRITON_INTERPRET=1 runs them slowly on the CPU)"
+        )
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return _no_operator_kernels(problem)
+
+
+def _cuda_reason(problem: Problem) -> str | None:
+    if _has_kernel(problem, "cuda"):
+        return _no_operator_kernels(problem)
+    missing = extension.cuda_missing()
+    if missing is not None:
+        return f"the CUDA C++ kernels are missing: {missing}"
+    return f"the CUDA C++ kernels take CUDA tensors, not {problem.device_type} tensors"
+
+
+def _has_kernel(problem: Problem, backend: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(problem.device_type)
+    name = f"fastseg::{problem.operator}.{backend}"
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+_REASONS = {
+    "native": lambda problem: None,
+    "reference": _no_operator_kernels,
+    "cpu": _cpu_reason,
+    "triton": _triton_reason,
+    "cuda": _cuda_reason,
+}
+
+
+def reason_not(backend: str, problem: Problem) -> str | None:
+    """Why `backend` cannot run `problem`, or None when it can."""
+    if problem.dtype not in _FLOATING and backend != "native":
+        return f"the kernels take float16, bfloat16, float32 and float64, not {str(problem.dtype).removeprefix('torch.')}"
+    return _REASONS[backend](problem)
+
+
+def _auto(problem: Problem) -> Choice:
+    if problem.operator in _NATIVE_ONLY:
+        return Choice("native", _NATIVE_ONLY[problem.operator])
+    if problem.device_type == "cpu":
+        reason = reason_not("cpu", problem)
+        return Choice("native", reason) if reason else Choice("cpu", "faster than native in the committed records")
+    return Choice("native", f"no committed record shows a kernel faster than native on {problem.device_type} tensors")
+
+
+_choices: dict[tuple[Problem, str], Choice] = {}
+
+
+def choose(problem: Problem, requested: str | None = None) -> Choice:
+    """The backend that runs `problem`, with the reason.
+
+    Raises:
+        ValueError: `requested` names no backend.
+        BackendError: the backend requested by name cannot run this problem.
+    """
+    name = _requested if requested is None else _check_name(requested, "backend")
+    key = (problem, name)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _decide(problem, name)
+    return choice
+
+
+def _decide(problem: Problem, name: str) -> Choice:
+    if name == "auto":
+        return _auto(problem)
+    reason = reason_not(name, problem)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} cannot run {problem.operator}: {reason}")
+    return Choice(name, "asked for by name")
+
+
+def count_native(operator: str, reason: str) -> None:
+    """Remember that "auto" left a call to native. Not counted while tracing: a graph is traced once, run many times."""
+    if not torch.compiler.is_compiling():
+        native_calls[operator, reason] += 1

@@ -1,0 +1,72 @@
+"""Normalises the arguments of a convolution, and leaves everything unusual to PyTorch's own checks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class ConvArguments(NamedTuple):
+    """A valid, batched convolution: stride and dilation (h, w), padding (top, bottom, left, right)."""
+
+    input: torch.Tensor  # [N, C, H, W]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    batched: bool
+
+
+def _pair(value) -> list[int] | None:
+    if isinstance(value, int):
+        return [value, value]
+    if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value):
+        if len(value) == 2:
+            return list(value)
+        if len(value) == 1:
+            return [value[0], value[0]]
+    return None
+
+
+def _padding(padding, kernel, stride, dilation) -> list[int] | None:
+    if padding == "valid":
+        return [0, 0, 0, 0]
+    if padding == "same":
+        if stride != [1, 1]:
+            return None
+        total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
+        # An odd total puts the extra row or column after the image, as PyTorch does.
+        return [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2]
+    pair = _pair(padding)
+    return pair and [pair[0], pair[0], pair[1], pair[1]]
+
+
+def normalise(input, weight, bias, stride, padding, dilation, groups) -> ConvArguments | None:
+    """The arguments in normal form, or None when the call is not plainly valid.
+
+    None means that PyTorch has the word: it raises its own exception, or knows a case that is rarer than it looks.
+    """
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not all(isinstance(t, torch.Tensor) and t.dtype == input.dtype and t.device == input.device for t in tensors):
+        return None
+    if input.layout != torch.strided or input.dim() not in (3, 4) or weight.dim() != 4 or not isinstance(groups, int):
+        return None
+    stride, dilation = _pair(stride), _pair(dilation)
+    if stride is None or dilation is None or min(stride) < 1 or min(dilation) < 1 or groups < 1:
+        return None
+    kernel = weight.shape[2:]
+    padding = _padding(padding, kernel, stride, dilation)
+    if padding is None or min(padding) < 0:
+        return None
+    channels, height, width = input.shape[-3:]
+    outputs = weight.shape[0]
+    if channels < 1 or outputs < 1 or channels != weight.shape[1] * groups or outputs % groups != 0:
+        return None
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
+        return None
+    extents = [dilation[i] * (kernel[i] - 1) + 1 for i in range(2)]
+    if min(kernel) < 1 or height + padding[0] + padding[1] < extents[0] or width + padding[2] + padding[3] < extents[1]:
+        return None
+    batched = input.dim() == 4
+    return ConvArguments(input if batched else input.unsqueeze(0), stride, padding, dilation, batched)
+

@@ -1,0 +1,24 @@
+"""The path every convolution takes: normalise, choose the backend once, call one operator."""
+
+from __future__ import annotations
+
+from fastseg import dispatch
+from fastseg.ops.activation import check_activation
+from fastseg.ops.arguments import normalise
+from fastseg.ops.library import OVERLOADS
+from fastseg.ops.native import native_conv2d
+
+
+def run_convolution(operator, input, weight, bias, stride, padding, dilation, groups, activation, backend):
+    """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d."""
+    check_activation(activation)
+    arguments = normalise(input, weight, bias, stride, padding, dilation, groups)
+    if arguments is None:
+        return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
+    choice = dispatch.choose(dispatch.Problem(operator, input.device.type, input.dtype), backend)
+    if choice.backend == "native":
+        dispatch.count_native(operator, choice.reason)
+        return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
+    forward = OVERLOADS[operator][choice.backend]
+    y = forward(arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation)
+    return y if arguments.batched else y.squeeze(0)

@@ -1,0 +1,45 @@
+"""Index arithmetic of convolutions, in one place: output sizes, live ranges, and the output's memory format.
+
+Everywhere: stride and dilation are (h, w), padding is (top, bottom, left, right), and output pixel p reads input pixel
+p * stride - pad + tap * dilation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+
+def output_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
+    """Height and width of a convolution's output, for (height, width) of image and kernel."""
+    return tuple(
+        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+
+
+def live_outputs(size: int, outputs: int, stride: int, pad: int, offset: int) -> tuple[slice, slice]:
+    """The outputs p with 0 <= p * stride - pad + offset < size, and the inputs they read, as two slices."""
+    first = max(0, -((offset - pad) // stride))
+    last = min(outputs - 1, (size - 1 + pad - offset) // stride)
+    if last < first:
+        return slice(0, 0), slice(0, 0)
+    start = first * stride - pad + offset
+    return slice(first, last + 1), slice(start, start + (last - first) * stride + 1, stride)
+
+
+def conv_memory_format(input: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """torch.nn.functional.conv2d's rule: channels_last when input or weight suggests it."""
+    formats = (suggest_memory_format(input), suggest_memory_format(weight))
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+
+
+def empty_output(input: torch.Tensor, weight: torch.Tensor, size, channels: int | None = None) -> torch.Tensor:
+    """An uninitialised [N, channels or K, *size] in the memory format conv2d gives its output."""
+    channels = weight.shape[0] if channels is None else channels
+    return torch.empty(
+        (input.shape[0], channels, *size),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=conv_memory_format(input, weight),
+    )

@@ -1,0 +1,170 @@
+"""What the Triton kernels of every family share: index arithmetic, activations, and the one way to launch a kernel.
+
+Letters for the kinds of values inside kernels: i_ scalar index, o_ block of indices or offsets, m_ mask, p_ pointer,
+b_ block of data, s_ stride of a tensor. Importing this module needs Triton and no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastseg.ops.geometry import output_size
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Axis 0 of a CUDA grid; the other two end at 65535, so every kernel puts its whole grid on axis 0.
+MAX_PROGRAMS = 2**31 - 1
+MAX_INT32 = 2**31 - 1
+
+
+@triton.jit
+def input_index(o_out, i_tap, STRIDE: tl.constexpr, i_pad, i_dilation):
+    """The input position that output position `o_out` reads through filter tap `i_tap`, along one axis."""
+    return o_out * STRIDE - i_pad + i_tap * i_dilation
+
+
+@triton.jit
+def output_index(o_in, i_tap, STRIDE: tl.constexpr, i_pad, i_dilation):
+    """The output position that reads `o_in` through tap `i_tap`: input_index solved for `o_out`.
+
+    Only a live tap has one: the division must leave no remainder (first_live_tap finds those taps).
+    """
+    return (o_in + i_pad - i_tap * i_dilation) // STRIDE
+
+
+@triton.jit
+def first_live_tap(i_in, TAPS: tl.constexpr, STEP: tl.constexpr, STRIDE: tl.constexpr, i_pad, i_dilation):
+    """The smallest tap through which some output reads input position `i_in`, or TAPS when there is none.
+
+    With a stride not every tap has an output that meets `i_in`: those that do are STEP = stride / gcd(stride, dilation)
+    apart, and they are the same for every input position of one residue class modulo the stride.
+    """
+    i_tap = i_in * 0 + TAPS
+    for i in tl.static_range(STEP):
+        i_candidate = STEP - 1 - i
+        is_live = (i_in + i_pad - i_candidate * i_dilation) % STRIDE == 0
+        i_tap = tl.where(is_live, i_candidate, i_tap)
+    return i_tap
+
+
+@triton.jit
+def split_index(i_flat, i_size):
+    """Take the innermost axis, of `i_size` entries, off a flattened index: (index along it, index of the rest)."""
+    return i_flat % i_size, i_flat // i_size
+
+
+@triton.jit
+def widen(index, IS_INDEX_64: tl.constexpr):
+    """`index` in 64 bits where some product with it would not fit 32."""
+    return index.to(tl.int64) if IS_INDEX_64 else index
+
+
+@triton.jit
+def activate(b_acc, ACTIVATION: tl.constexpr):
+    """The activation of an fp32 accumulator. NaN stays NaN: it compares false, so the comparisons let it through."""
+    if ACTIVATION == "relu":
+        b_acc = tl.where(b_acc < 0, 0.0, b_acc)
+    elif ACTIVATION == "relu6":
+        b_acc = tl.where(b_acc < 0, 0.0, tl.where(b_acc > 6, 6.0, b_acc))
+    elif ACTIVATION == "hardswish":
+        b_gate = b_acc + 3
+        b_acc = b_acc * tl.where(b_gate < 0, 0.0, tl.where(b_gate > 6, 6.0, b_gate)) / 6
+    elif ACTIVATION == "silu":
+        b_acc = b_acc / (1 + tl.exp(-b_acc))
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return b_acc
+
+
+class ConvShape(NamedTuple):
+    """The sizes of one 2-D convolution; csrc/common/conv_shape.h in Python."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    P: int
+    Q: int
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    pad_top: int
+    pad_left: int
+    dilation_h: int
+    dilation_w: int
+
+
+def conv_shape(input, weight, stride, padding, dilation) -> ConvShape:
+    """Check what guards memory, and collect the sizes. The public functions have raised PyTorch's own errors before."""
+    check(input.dim() == 4 and weight.dim() == 4, "4-D input and weight", f"{input.dim()}-D and {weight.dim()}-D")
+    check(
+        input.dtype in DTYPES and weight.dtype == input.dtype and weight.device == input.device,
+        "float16, bfloat16 or float32 input and weight of one dtype and device",
+        f"{input.dtype} on {input.device} and {weight.dtype} on {weight.device}",
+    )
+    check(
+        min(*stride, *dilation) > 0 and min(padding) >= 0 and (len(stride), len(padding), len(dilation)) == (2, 4, 2),
+        "2 positive strides, 4 non-negative paddings and 2 positive dilations",
+        f"stride {list(stride)}, padding {list(padding)}, dilation {list(dilation)}",
+    )
+    P, Q = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    check(P > 0 and Q > 0, "a kernel no larger than the padded input", f"an output of {P} x {Q}")
+    K, _, R, S = weight.shape
+    return ConvShape(*input.shape, K, P, Q, R, S, *stride, padding[0], padding[2], *dilation)
+
+
+def check(condition: bool, wanted: str, got: str) -> None:
+    torch._check(condition, lambda: f"fastseg: expected {wanted}, but got {got}")
+
+
+def can_run(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take tensors of this device type and dtype, or None when they can."""
+    if dtype not in DTYPES:
+        return f"the Triton kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if device_type == "cpu":
+        if is_interpreted():
+            return None
+        return "the Triton kernels take CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before the import)"
+    if device_type != "cuda":
+        return f"the Triton kernels take CUDA tensors, not {device_type} tensors"
+    if not torch.cuda.is_available():
+        return "the Triton kernels need a CUDA device, and none is visible"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels; settled when this module was imported."""
+    return not isinstance(input_index, triton.JITFunction)
+
+
+def on_device(tensor: torch.Tensor):
+    """Make the tensor's device the current one: Triton launches there, whatever its arguments say."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def coalesced(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """`tensor` itself when its innermost dimension is contiguous, else a copy. Outer strides may be anything."""
+    axis = 1 if memory_format == torch.channels_last else 3
+    if tensor.stride(axis) == 1 or tensor.shape[axis] == 1:
+        return tensor
+    return tensor.contiguous(memory_format=memory_format)
+
+
+def needs_index_64(*extents: int) -> bool:
+    """Whether some index or offset reaches 2^31. Tests force the wide path with FASTSEG_FORCE_INDEX64=1."""
+    return max(extents) > MAX_INT32 or os.environ.get("FASTSEG_FORCE_INDEX64", "0") == "1"
+
+
+def launch(kernel, programs: int, *args, **constants) -> None:
+    """Launch `programs` programs on the current stream of the current device. No kernel is launched any other way."""
+    if programs > MAX_PROGRAMS:
+        raise RuntimeError(f"fastseg: a grid holds at most {MAX_PROGRAMS} programs, but this call needs {programs}")
+    kernel[(programs,)](*args, **constants)

@@ -1,0 +1,171 @@
+"""How right is right: error bounds, input makers and comparisons. Used by fastseg's tests, benchmarks and by users.
+
+There are no tolerances here that somebody tuned. A result is compared element by element with the same sum in float64 on
+the already rounded inputs, and may differ from it by
+
+    u_out * |ref| + FACTOR * terms * u_acc * a        a = the same sum over absolute values
+
+where u is the unit roundoff of the output's and the accumulator's dtype. One wrong border pixel breaks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastseg.ops.depthwise import reference as depthwise_reference
+from fastseg.ops.activation import apply_activation
+
+UNIT_ROUNDOFF = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
+# The smallest positive (subnormal) number of each dtype: half of it may be lost to underflow.
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+# Each term of a sum is rounded at most twice: once as a product and once when it is added.
+FACTOR = 2.0
+# The largest slope of any activation (hardswish): how much it can enlarge the error of what it is given.
+STEEPEST_ACTIVATION = 1.5
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in for tensors of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Expected(NamedTuple):
+    """A result in float64 and how far a kernel may be from it, element by element."""
+
+    value: torch.Tensor
+    bound: torch.Tensor
+
+
+def expected(value: torch.Tensor, absolute: torch.Tensor, terms: int, dtype: torch.dtype, roundoff=None) -> Expected:
+    """The bound for a sum of `terms` products whose absolute values add up to `absolute`, stored as `dtype`.
+
+    `roundoff` replaces the output dtype's unit roundoff, for arithmetic that truncates where it should round.
+    """
+    roundoff = UNIT_ROUNDOFF[dtype] if roundoff is None else roundoff
+    accumulated = FACTOR * max(terms, 1) * UNIT_ROUNDOFF[accumulator_dtype(dtype)] * absolute
+    return Expected(value, roundoff * value.abs() + accumulated * (1 + roundoff) + SMALLEST[dtype])
+
+
+def assert_within(actual: torch.Tensor, wanted: Expected, what: str) -> None:
+    """Raise AssertionError where `actual` leaves the bound, is not finite where it should be, or the reverse."""
+    actual, value, bound = actual.double(), wanted.value, wanted.bound
+    if actual.shape != value.shape:
+        raise AssertionError(f"{what}: got shape {tuple(actual.shape)}, wanted {tuple(value.shape)}")
+    same = (actual == value) | (actual.isnan() & value.isnan())
+    wrong = ~same & ~((actual - value).abs() <= bound)
+    if wrong.any():
+        worst = torch.where(wrong, ((actual - value).abs() / bound).nan_to_num(torch.inf), 0).argmax()
+        where = tuple(int(i) for i in torch.unravel_index(worst, value.shape))
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {value.numel()} elements leave the bound; the worst, at {where}, is "
+            f"{actual[where]:.9g}, wanted {value[where]:.9g} +- {bound[where]:.3g}"
+        )
+
+
+def assert_no_less_accurate(actual, native, exact, times: float, what: str) -> None:
+    """Raise AssertionError when the largest error exceeds `times` native's own, or one unit in the last place."""
+    roundoff = UNIT_ROUNDOFF[actual.dtype]
+    largest = float(exact.abs().max()) if exact.numel() else 0.0
+    own = float((native.double() - exact).abs().max()) if exact.numel() else 0.0
+    error = float((actual.double() - exact).abs().max()) if exact.numel() else 0.0
+    allowed = max(times * own, 2 * roundoff * largest)
+    if error > allowed:
+        raise AssertionError(f"{what}: the largest error is {error:.3g}; native's is {own:.3g}, so {allowed:.3g} is allowed")
+
+
+class DepthwiseExpected(NamedTuple):
+    """What forward and backward of one depthwise convolution have to give."""
+
+    output: Expected
+    grad_input: Expected
+    grad_weight: Expected
+    grad_bias: Expected
+
+
+def expected_depthwise(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str = "none",
+    grad_output: torch.Tensor | None = None,
+    roundoff: float | None = None,
+) -> DepthwiseExpected:
+    """Values and bounds in float64. `grad_output` is the gradient before the activation; without it gradients are None."""
+    dtype = input.dtype
+    geometry = (stride, padding, dilation)
+    taps = weight.shape[2] * weight.shape[3]
+
+    def double(t):
+        return None if t is None else t.detach().double()
+
+    def absolute(t):
+        return None if t is None else t.detach().double().abs()
+
+    z = depthwise_reference.forward(double(input), double(weight), double(bias), *geometry, "none")
+    a = depthwise_reference.forward(absolute(input), absolute(weight), absolute(bias), *geometry, "none")
+    if activation == "none":
+        output = expected(z, a, taps + 1, dtype, roundoff)
+    else:
+        # The activation's own arithmetic in the accumulator's dtype costs a few roundings of its value.
+        value = apply_activation(z, activation)
+        output = expected(value, STEEPEST_ACTIVATION * a + 4 * value.abs(), taps + 1, dtype, roundoff)
+    if grad_output is None:
+        return DepthwiseExpected(output, None, None, None)
+
+    mask = (True, True, True)
+    grads = depthwise_reference.backward(double(grad_output), double(input), double(weight), *geometry, mask)
+    sizes = depthwise_reference.backward(absolute(grad_output), absolute(input), absolute(weight), *geometry, mask)
+    multiplier = weight.shape[0] // input.shape[1]
+    pixels = grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3]
+    terms = (taps * multiplier, pixels, pixels)
+    return DepthwiseExpected(
+        output, *(expected(g, s, t, dtype, roundoff) for g, s, t in zip(grads, sizes, terms, strict=True))
+    )
+
+
+def random_tensor(shape, dtype, *, seed=0, device="cpu", memory_format=torch.contiguous_format) -> torch.Tensor:
+    """Normal random numbers, the same for the same seed on every device and in every memory format."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    return values.contiguous(memory_format=memory_format) if len(shape) == 4 else values
+
+
+def integer_tensor(shape, dtype, *, low=-3, high=3, seed=0, device="cpu") -> torch.Tensor:
+    """Small random integers, whose sums of products are exact in every dtype that can hold them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, shape, generator=generator).to(dtype).to(device)
+
+
+def strided_variants(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same 4-D values in the memory layouts that kernels get wrong: each maps a name to an equal tensor."""
+    n, c, h, w = tensor.shape
+    wide = tensor.new_zeros(n + 1, c + 3, h + 2, w + 5)
+    sliced = wide[1:, 2 : 2 + c, 1 : 1 + h, 3 : 3 + w]
+    wide_last = wide.contiguous(memory_format=torch.channels_last)
+    sliced_last = wide_last[1:, 2 : 2 + c, 1 : 1 + h, 3 : 3 + w]
+    permuted = tensor.new_zeros(w, h, n, c).permute(2, 3, 1, 0)
+    offset = tensor.new_zeros(tensor.numel() + 3)[3:].view(n, c, h, w)
+    variants = {
+        "contiguous": tensor.contiguous(),
+        "channels_last": tensor.contiguous(memory_format=torch.channels_last),
+        "sliced": sliced.copy_(tensor),
+        "sliced_channels_last": sliced_last.copy_(tensor),
+        "permuted": permuted.copy_(tensor),
+        "storage_offset": offset.copy_(tensor),
+    }
+    if 1 in tensor.shape:
+        # A dimension of size 1 may carry any stride at all.
+        strides = [7 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        variants["lying_strides"] = tensor.contiguous().as_strided(tensor.shape, strides)
+    return variants

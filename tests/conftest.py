@@ -1,0 +1,81 @@
+"""The ladder's rungs: the same tests run on each, with other backends and devices.
+
+FASTSEG_RUNG selects the rung: cpu (default), interpreter (Triton's interpreter), host (CUDA C++ executed on the CPU), gpu.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+RUNG = os.environ.get("FASTSEG_RUNG", "cpu")
+# (backend, device) pairs of each rung.
+RUNGS = {
+    "cpu": [("reference", "cpu"), ("cpu", "cpu")],
+    "interpreter": [("triton", "cpu")],
+    "host": [("cuda", "cpu")],
+    "gpu": [("triton", "cuda"), ("cuda", "cuda")],
+}
+if RUNG not in RUNGS:
+    raise pytest.UsageError(f"expected FASTSEG_RUNG to be one of {', '.join(RUNGS)}, but got {RUNG!r}")
+
+# Examples a property test draws: interpreted kernels take a thousand times longer.
+_EXAMPLES = {"cpu": 150, "interpreter": 25, "host": 40, "gpu": 150}
+
+settings.register_profile(
+    "fastseg",
+    max_examples=_EXAMPLES[RUNG],
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastseg")
+
+
+class Target:
+    """A backend on a device, and what its arithmetic is known to do differently."""
+
+    def __init__(self, backend: str, device: str):
+        self.backend = backend
+        self.device = device
+
+    def __str__(self) -> str:
+        return self.backend if self.device == "cpu" else f"{self.backend}-{self.device}"
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return not (self.backend == "triton" and dtype == torch.float64)
+
+    def roundoff(self, dtype: torch.dtype) -> float | None:
+        """The unit roundoff of stores where it is not the dtype's own: Triton's interpreter truncates to bfloat16."""
+        return 2.0**-7 if RUNG == "interpreter" and dtype == torch.bfloat16 else None
+
+
+TARGETS = [Target(backend, device) for backend, device in RUNGS[RUNG]]
+
+
+def pytest_generate_tests(metafunc):
+    if "target" in metafunc.fixturenames:
+        metafunc.parametrize("target", TARGETS, ids=str, scope="session")
+
+
+def pytest_configure(config):
+    if RUNG == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("the interpreter rung needs TRITON_INTERPRET=1")
+    if RUNG == "host":
+        from tests.host.library import load_kernels
+
+        load_kernels(sanitize=os.environ.get("FASTSEG_SANITIZE") == "1")
+
+
+@pytest.fixture
+def poison():
+    """Fill every uninitialised tensor with NaN while a test runs, so that an unwritten element shows."""
+    previous = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(previous[0])
+    torch.utils.deterministic.fill_uninitialized_memory = previous[1]
