@@ -120,7 +120,7 @@ def extension_or_reason():
 
 
 def library_dirs(toolkit):
-    """Where the linker finds libcudart.so. Pip's wheel has only libcudart.so.13, so a link of the plain name is made."""
+    """Where the linker finds libcudart.so. Pip's wheel has only libcudart.so.13, so a link is made."""
     for folder in toolkit.library_dirs:
         if (folder / "libcudart.so").exists():
             return toolkit.library_dirs

@@ -22,7 +22,9 @@ PIP_COMPILER = (
     "nvidia-nvvm==13.0.88",
     "nvidia-cuda-cccl==13.0.*",
 )
-INSTALL_HINT = "install it with `pip install " + " ".join(f"'{p}'" for p in PIP_COMPILER) + "`, or install a CUDA toolkit"
+INSTALL_HINT = (
+    "install it with `pip install " + " ".join(f"'{p}'" for p in PIP_COMPILER) + "`, or install a CUDA toolkit"
+)
 
 
 @dataclass(frozen=True)

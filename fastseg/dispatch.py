@@ -143,7 +143,9 @@ _REASONS = {
 def reason_not(backend: str, problem: Problem) -> str | None:
     """Why `backend` cannot run `problem`, or None when it can."""
     if problem.dtype not in _FLOATING and backend != "native":
-        return f"the kernels take float16, bfloat16, float32 and float64, not {str(problem.dtype).removeprefix('torch.')}"
+        return (
+            f"the kernels take float16, bfloat16, float32 and float64, not {str(problem.dtype).removeprefix('torch.')}"
+        )
     return _REASONS[backend](problem)
 
 

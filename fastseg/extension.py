@@ -37,7 +37,10 @@ def _load():
             raise
         return None, "the extension is not built: run `pip install --no-build-isolation .` in the source folder"
     except ImportError as error:
-        return None, f"the extension, built for torch {built_for}, does not load under torch {torch.__version__}: {error}"
+        return (
+            None,
+            f"the extension, built for torch {built_for}, does not load under {torch.__version__}: {error}",
+        )
     return extension, None
 
 

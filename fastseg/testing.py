@@ -1,7 +1,7 @@
 """How right is right: error bounds, input makers and comparisons. Used by fastseg's tests, benchmarks and by users.
 
-There are no tolerances here that somebody tuned. A result is compared element by element with the same sum in float64 on
-the already rounded inputs, and may differ from it by
+There are no tolerances here that somebody tuned. A result is compared element by element with the same sum in float64
+on the already rounded inputs, and may differ from it by
 
     u_out * |ref| + FACTOR * terms * u_acc * a        a = the same sum over absolute values
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastseg.ops.depthwise import reference as depthwise_reference
 from fastseg.ops.activation import apply_activation
+from fastseg.ops.depthwise import reference as depthwise_reference
 
 UNIT_ROUNDOFF = {
     torch.float16: 2.0**-11,
@@ -78,7 +78,9 @@ def assert_no_less_accurate(actual, native, exact, times: float, what: str) -> N
     error = float((actual.double() - exact).abs().max()) if exact.numel() else 0.0
     allowed = max(times * own, 2 * roundoff * largest)
     if error > allowed:
-        raise AssertionError(f"{what}: the largest error is {error:.3g}; native's is {own:.3g}, so {allowed:.3g} is allowed")
+        raise AssertionError(
+            f"{what}: the largest error is {error:.3g}; native's is {own:.3g}, so {allowed:.3g} is allowed"
+        )
 
 
 class DepthwiseExpected(NamedTuple):
@@ -101,7 +103,7 @@ def expected_depthwise(
     grad_output: torch.Tensor | None = None,
     roundoff: float | None = None,
 ) -> DepthwiseExpected:
-    """Values and bounds in float64. `grad_output` is the gradient before the activation; without it gradients are None."""
+    """Values and bounds in float64. `grad_output` is the gradient before the activation; without it, no gradients."""
     dtype = input.dtype
     geometry = (stride, padding, dilation)
     taps = weight.shape[2] * weight.shape[3]

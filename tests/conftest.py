@@ -1,6 +1,7 @@
 """The ladder's rungs: the same tests run on each, with other backends and devices.
 
-FASTSEG_RUNG selects the rung: cpu (default), interpreter (Triton's interpreter), host (CUDA C++ executed on the CPU), gpu.
+FASTSEG_RUNG selects the rung: cpu (default), interpreter (Triton's interpreter), host (CUDA C++ executed on the CPU),
+gpu.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The operator families under contract. A new family joins every promise of test_contract.py by one entry in FAMILIES."""
+"""The operator families under contract. A new one joins every promise of test_contract.py by one entry in FAMILIES."""
 
 from __future__ import annotations
 
@@ -115,9 +115,7 @@ def _run_depthwise(case: DepthwiseCase, tensors: Tensors, backend: str) -> torch
 
 
 def _native_depthwise(case: DepthwiseCase, tensors: Tensors) -> torch.Tensor:
-    y = F.conv2d(
-        *tensors, stride=case.stride, padding=case.padding, dilation=case.dilation, groups=tensors[0].shape[1]
-    )
+    y = F.conv2d(*tensors, stride=case.stride, padding=case.padding, dilation=case.dilation, groups=tensors[0].shape[1])
     return getattr(F, case.activation)(y) if case.activation != "none" else y
 
 

@@ -56,7 +56,9 @@ def test_linear_in_the_image_and_in_the_filter(geometry, tensors, target):
     other = integer_tensor(tuple(x.shape), x.dtype, seed=3, device=target.device)
     filters = integer_tensor(tuple(weight.shape), x.dtype, seed=4, device=target.device)
     y = convolve(target, x, weight, **geometry)
-    assert torch.equal(convolve(target, 2 * x + other, weight, **geometry), 2 * y + convolve(target, other, weight, **geometry))
+    assert torch.equal(
+        convolve(target, 2 * x + other, weight, **geometry), 2 * y + convolve(target, other, weight, **geometry)
+    )
     assert torch.equal(convolve(target, x, weight - filters, **geometry), y - convolve(target, x, filters, **geometry))
 
 

@@ -89,7 +89,7 @@ def test_named_backend_refuses_what_it_has_no_kernel_for(target):
 
 @pytest.mark.parametrize("backend", ["named", "auto"])
 def test_errors_are_pytorchs(backend, target):
-    """Each of PyTorch's error inputs raises the exception type, and where PyTorch names one the message, it asks for."""
+    """Each of PyTorch's error inputs raises the exception type and the message that PyTorch raises."""
     count = 0
     for case in CONV2D.error_inputs_func(CONV2D, target.device):
         sample = case.sample_input
@@ -128,7 +128,9 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_arguments_raise_what_native_raises(bad, target):
     arguments = dict(input=torch.zeros(1, 8, 9, 9), weight=torch.zeros(8, 1, 3, 3), bias=None, groups=8)
-    arguments = {k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in (arguments | BAD[bad]).items()}
+    arguments = {
+        k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in (arguments | BAD[bad]).items()
+    }
     with pytest.raises(Exception) as theirs:  # noqa: PT011  the type is what the test finds out
         torch.nn.functional.conv2d(**arguments)
     with pytest.raises(type(theirs.value)) as ours:

@@ -20,6 +20,8 @@ _FROM_OUTPUT = {
     "relu": lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0),
     "relu6": lambda grad, y: torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0),
 }
+
+
 def _silu_backward(grad, z):
     if not torch.is_grad_enabled():
         return torch.ops.aten.silu_backward(grad, z)

@@ -69,4 +69,3 @@ def normalise(input, weight, bias, stride, padding, dilation, groups) -> ConvArg
         return None
     batched = input.dim() == 4
     return ConvArguments(input if batched else input.unsqueeze(0), stride, padding, dilation, batched)
-

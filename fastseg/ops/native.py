@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from fastseg.ops.activation import apply_activation
 
 # The activation's name and scalars in oneDNN's fused convolution.
-_ONEDNN = {"relu": ("relu", []), "relu6": ("hardtanh", [0.0, 6.0]), "hardswish": ("hardswish", []), "silu": ("swish", [])}
+_ONEDNN = {
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "hardswish": ("hardswish", []),
+    "silu": ("swish", []),
+}
 
 
 def native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation="none"):

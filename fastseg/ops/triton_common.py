@@ -7,6 +7,7 @@ b_ block of data, s_ stride of a tensor. Importing this module needs Triton and 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Axis 0 of a CUDA grid; the other two end at 65535, so every kernel puts its whole grid on axis 0.
 MAX_PROGRAMS = 2**31 - 1
 MAX_INT32 = 2**31 - 1
+
+# Elements that one load can take: 16 bytes of 16-bit data. Every tile is at least as wide.
+MAX_GROUP = 8
 
 
 @triton.jit
@@ -60,9 +64,43 @@ def split_index(i_flat, i_size):
 
 
 @triton.jit
+def is_inside(index, size, IS_INDEX_64: tl.constexpr):
+    """0 <= index < size in one comparison: as an unsigned number, a negative index is larger than every size."""
+    UNSIGNED: tl.constexpr = tl.uint64 if IS_INDEX_64 else tl.uint32
+    return index.to(UNSIGNED) < size.to(UNSIGNED)
+
+
+@triton.jit
 def widen(index, IS_INDEX_64: tl.constexpr):
     """`index` in 64 bits where some product with it would not fit 32."""
     return index.to(tl.int64) if IS_INDEX_64 else index
+
+
+@triton.jit
+def in_groups(size, GROUP: tl.constexpr):
+    """`size` itself, which the host knows to be a multiple of GROUP, in a form that tells the compiler so."""
+    return size // GROUP * GROUP
+
+
+@triton.jit
+def tile_pointers(p_base, o_tile, GROUP: tl.constexpr):
+    """Pointers of a 2-D tile whose last dimension falls into aligned groups of GROUP elements (see group_size)."""
+    p_tile = p_base + o_tile
+    if GROUP > 1:
+        p_tile = tl.multiple_of(p_tile, [1, GROUP * p_base.dtype.element_ty.primitive_bitwidth // 8])
+    return p_tile
+
+
+@triton.jit
+def load_tile(p_base, o_tile, m_tile, GROUP: tl.constexpr):
+    """Load a 2-D tile as fp32. Elements that are masked off have no value: never compute with them."""
+    return tl.load(tile_pointers(p_base, o_tile, GROUP), mask=m_tile).to(tl.float32)
+
+
+@triton.jit
+def store_tile(p_base, o_tile, b_tile, m_tile, GROUP: tl.constexpr):
+    """Round a 2-D tile to the dtype of `p_base` and store it."""
+    tl.store(tile_pointers(p_base, o_tile, GROUP), b_tile.to(p_base.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -156,6 +194,16 @@ def coalesced(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch
     if tensor.stride(axis) == 1 or tensor.shape[axis] == 1:
         return tensor
     return tensor.contiguous(memory_format=memory_format)
+
+
+def group_size(channels: int, *tensors: torch.Tensor) -> int:
+    """How many neighbouring channels of channels_last tensors make one aligned group: 8, or a smaller power of two.
+
+    Triton by itself asks whether numbers are divisible by 16, and misses the 728 channels of Xception.
+    """
+    strides = [s for t in tensors for axis, s in enumerate(t.stride()) if axis != 1 and t.shape[axis] > 1]
+    addresses = [t.data_ptr() // t.element_size() for t in tensors]
+    return math.gcd(MAX_GROUP, channels, *strides, *addresses)
 
 
 def needs_index_64(*extents: int) -> bool:

@@ -41,8 +41,8 @@ def depthwise_conv2d(
         BackendError: the backend named cannot run this call.
 
     Sums are accumulated in float32 (float64 for float64) and rounded once. Forward and all gradients are bitwise
-    repeatable. Double backward is supported. Follows torch.nn.functional.conv2d's documentation; depthwise filters as in
-    Chollet, "Xception" (2017).
+    repeatable. Double backward is supported. Follows torch.nn.functional.conv2d's documentation; depthwise filters as
+    in Chollet, "Xception" (2017).
 
     Example:
         >>> import torch, fastseg
@@ -51,4 +51,6 @@ def depthwise_conv2d(
         torch.Size([2, 16, 33, 33])
     """
     groups = input.shape[-3] if isinstance(input, torch.Tensor) and input.dim() >= 3 else 1
-    return run_convolution("depthwise_conv2d", input, weight, bias, stride, padding, dilation, groups, activation, backend)
+    return run_convolution(
+        "depthwise_conv2d", input, weight, bias, stride, padding, dilation, groups, activation, backend
+    )

@@ -98,7 +98,8 @@ def _backward_of_backward(backend: str):
 # The overloads by backend; the formulas above look them up when they run.
 FORWARD = define(
     "depthwise_conv2d",
-    "(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, str activation) -> Tensor",
+    "(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, str activation)"
+    " -> Tensor",
     fake=_fake_forward,
     setup_context=_setup_forward,
     backward=_backward_of_forward,

@@ -1,0 +1,79 @@
+"""Climbs the test ladder's rungs 0 to 4, cheapest first, and prints what each took. `--rung N` climbs one alone.
+
+Rung 0 lint and examples; 1 everything on the CPU; 2 Triton's interpreter; 3 CUDA C++ executed on the CPU, plain and
+under sanitizers; 4 offline compilation. Rung 5 needs a GPU: `make gpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+CONTRACT = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_opinfo.py", "tests/ops"]
+
+# Sanitizers slow a test down fivefold: forward and gradients in one dtype reach every kernel.
+SANITIZED = "within_bound and float32 or any_strides or non_finite and 3x3-s2"
+
+
+@dataclass(frozen=True)
+class Step:
+    rung: int
+    name: str
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def steps() -> list[Step]:
+    from csrc.host.build import sanitizer_environment
+
+    interpreter = {"FASTSEG_RUNG": "interpreter", "TRITON_INTERPRET": "1"}
+    host = {"FASTSEG_RUNG": "host"}
+    sanitized = host | {"FASTSEG_SANITIZE": "1"} | sanitizer_environment()
+    return [
+        Step(0, "lint", [sys.executable, "tests/lint.py"]),
+        Step(0, "examples in docstrings and README", [*PYTEST, "tests/test_examples.py"]),
+        Step(1, "reference, C++ CPU kernels, operator stack, drop-in", [
+            *PYTEST, "tests", "--ignore=tests/host", "--ignore=tests/offline", "--ignore=tests/test_examples.py",
+        ]),
+        Step(2, "Triton kernels in the interpreter", [*PYTEST, *CONTRACT], interpreter),
+        Step(3, "the executor of CUDA kernels on the CPU", [*PYTEST, "tests/host/test_host_executor.py"]),
+        Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT, "tests/host/test_mutations.py"], host),
+        Step(3, "CUDA kernels on the CPU, sanitized", [*PYTEST, "tests/test_contract.py", "-k", SANITIZED], sanitized),
+        Step(4, "offline compilation and its table of resources", [*PYTEST, "tests/offline"]),
+    ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rung", type=int, choices=range(5), action="append")
+    chosen = parser.parse_args().rung or list(range(5))
+    rows, failed = [], False
+    for step in steps():
+        if step.rung not in chosen:
+            continue
+        print(f"\n== rung {step.rung}: {step.name}", flush=True)
+        start = time.monotonic()
+        code = subprocess.run(step.command, cwd=ROOT, env=os.environ | step.environment, check=False).returncode
+        failed |= code != 0
+        rows.append(
+            f"rung {step.rung}  {'passed' if code == 0 else 'FAILED'}  {time.monotonic() - start:6.0f} s  {step.name}"
+        )
+    from benchmarks.record import not_yet_run_on_a_gpu
+
+    for name in not_yet_run_on_a_gpu():
+        print(f"not yet run on a GPU: {name}")
+    print("\n" + "\n".join(rows), flush=True)
+    failures = sum("FAILED" in row for row in rows)
+    print(f"{len(rows) - failures} passed, {failures} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Which backend runs a call, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastseg
+from fastseg import dispatch, extension
+
+ROOT = Path(__file__).parent.parent
+DEPTHWISE = dispatch.Problem("depthwise_conv2d", "cpu", torch.float32)
+
+
+def depthwise(**options):
+    return fastseg.ops.depthwise_conv2d(torch.ones(1, 4, 5, 5), torch.ones(4, 1, 3, 3), **options)
+
+
+def run_python(program: str, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )
+
+
+def test_argument_wins_over_context_over_environment():
+    program = """
+import torch, fastseg
+from fastseg import dispatch
+problem = dispatch.Problem("depthwise_conv2d", "cpu", torch.float32)
+print(dispatch.choose(problem).backend)
+with fastseg.backend("native"):
+    print(dispatch.choose(problem).backend)
+    print(dispatch.choose(problem, "reference").backend)
+print(dispatch.choose(problem).backend)
+"""
+    result = run_python(program, FASTSEG_BACKEND="reference")
+    assert result.stdout.split() == ["reference", "native", "reference", "reference"], result.stderr
+
+
+def test_unknown_name_in_the_environment_is_refused():
+    result = run_python("import fastseg", FASTSEG_BACKEND="fast")
+    assert "expected the environment variable FASTSEG_BACKEND to be one of auto, native" in result.stderr
+    assert "'fast'" in result.stderr
+
+
+def test_context_is_left_after_an_exception():
+    before = dispatch._requested
+    with pytest.raises(KeyError), fastseg.backend("reference"):
+        raise KeyError
+    assert dispatch._requested == before
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "reason"),
+    [
+        ("triton", torch.float64, "float32, float16 and bfloat16, not float64"),
+        ("triton", torch.float32, "take CUDA tensors, not cpu tensors"),
+        ("cuda", torch.float32, "the CUDA C\\+\\+ kernels"),
+        ("cpu", torch.complex64, "float32 and float64, not complex64"),
+    ],
+)
+def test_named_backend_says_why_it_cannot_run(backend, dtype, reason):
+    problem = DEPTHWISE._replace(dtype=dtype)
+    with pytest.raises(fastseg.BackendError, match=f"backend '{backend}' cannot run depthwise_conv2d: .*{reason}"):
+        dispatch.choose(problem, backend)
+    assert issubclass(fastseg.BackendError, RuntimeError)
+
+
+def test_auto_takes_the_cpu_kernels_and_counts_what_it_leaves_to_native():
+    assert dispatch.choose(DEPTHWISE).backend == "cpu"
+    dispatch.native_calls.clear()
+    fastseg.ops.conv2d(torch.ones(1, 4, 5, 5), torch.ones(4, 2, 3, 3), groups=2)
+    fastseg.ops.conv2d(torch.ones(1, 4, 5, 5), torch.ones(4, 4, 3, 3))
+    assert sum(dispatch.native_calls.values()) == 2
+    assert {operator for operator, _ in dispatch.native_calls} == {"grouped_conv2d", "dense_conv2d"}
+    assert all(reason for _, reason in dispatch.native_calls)
+
+
+def test_without_the_extension_auto_is_native(monkeypatch):
+    monkeypatch.setattr(extension, "EXTENSION", None)
+    monkeypatch.setattr(extension, "MISSING", "the extension is not built")
+    monkeypatch.setattr(dispatch, "_choices", {})
+    choice = dispatch.choose(DEPTHWISE)
+    assert choice == ("native", "the extension is not built")
+    assert torch.equal(depthwise(), torch.full((1, 4, 3, 3), 9.0))
+    with pytest.raises(fastseg.BackendError, match="the extension is not built"):
+        depthwise(backend="cpu")
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish", "silu"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_native_fuses_the_activation_or_applies_it(activation, layout):
+    """oneDNN's fused convolution (no gradient) and ATen's separate one (gradient) agree, in values and in layout."""
+    x = torch.randn(2, 4, 9, 9).contiguous(memory_format=layout)
+    weight, bias = torch.randn(6, 4, 3, 3), torch.randn(6)
+    for padding in (1, "same"):
+        plain = fastseg.ops.conv2d(x, weight, bias, padding=padding)
+        wanted = getattr(torch.nn.functional, activation)(plain)
+        fused = fastseg.ops.conv2d(x, weight, bias, padding=padding, activation=activation)
+        torch.testing.assert_close(fused, wanted)
+        assert fused.stride() == plain.stride()
+    leaf = weight.clone().requires_grad_()
+    fastseg.ops.conv2d(x, leaf, bias, activation=activation).sum().backward()
+    assert leaf.grad is not None
