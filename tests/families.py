@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class Family:
     """One differentiable operator of `tensors` -> tensor.
 
     cases: readable id -> whatever the functions below take as `case`; small shapes.
+    key_cases: ids of a few that together reach every path of the kernels.
     make(case, dtype, maker, device): the differentiable tensors, the image first.
     run(case, tensors, backend), native(case, tensors): the operator, and PyTorch's own.
     expected(case, tensors, grad_output, roundoff): the output's and each tensor's gradient's Expected.
@@ -33,8 +34,7 @@ class Family:
     native: Callable[..., torch.Tensor]
     expected: Callable[..., tuple[Expected, ...]]
     draw: Callable[..., Any]
-    nonfinite: Callable[..., Any] | None = None
-    layouts: tuple[torch.memory_format, ...] = field(default=(torch.contiguous_format, torch.channels_last))
+    key_cases: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ FAMILIES = [
         _native_depthwise,
         _expected_depthwise,
         _draw_depthwise,
+        ("3x3", "3x3-s2-d2", "3x5-s2x1-d1x2", "5x5-d2", "multiplier-3-s2"),
     )
 ]
 

@@ -1,0 +1,266 @@
+"""python -m benchmarks.gpu: everything that only a GPU can show, in one command of less than ten minutes.
+
+Stages, most valuable first, each a process of its own with a time limit: build, smoke, exactness, the contract tests,
+tests/test_gpu.py, compute-sanitizer, then times. The record is written after every stage, so an interrupted run leaves
+what it has. It goes to $OUT when that is set, else to benchmarks/results/. `--dry-run` walks the same way on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import fastseg
+from benchmarks import record, table
+from fastseg import dispatch
+from fastseg.ops.depthwise import reference
+from fastseg.testing import assert_within, expected_depthwise, integer_tensor, random_tensor
+
+BUDGET_SECONDS = 570
+LEAST_SECONDS = 1.0  # a stage with less time left is not started
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (size, kernel, stride, dilation): the three kernel sizes with code of their own, a stride, a dilation over the tile.
+GEOMETRIES = (((17, 19), 3, 1, 1), ((17, 19), 3, 1, 6), ((16, 13), 3, 2, 1), ((12, 11), 5, 1, 2), ((12, 11), 7, 1, 1))
+
+
+def kernels(device: str) -> list[str]:
+    """The backends to test on `device`; the reference stands in on a machine that has none."""
+    problem = dispatch.Problem("depthwise_conv2d", device, torch.float32)
+    candidates = ("triton", "cuda") if device == "cuda" else ("cpu",)
+    reasons = {backend: dispatch.reason_not(backend, problem) for backend in candidates}
+    for backend, reason in reasons.items():
+        print(f"{backend}: {reason or 'can run'}")
+    found = [backend for backend, reason in reasons.items() if reason is None]
+    return found or (["reference"] if device == "cpu" else [])
+
+
+def _calls(device: str):
+    """Every backend, dtype, layout and geometry of the smoke and exactness stages, as (name, backend, dtype, ...)."""
+    layouts = (torch.channels_last, torch.contiguous_format)
+    for backend, dtype, layout, geometry in itertools.product(kernels(device), DTYPES, layouts, GEOMETRIES):
+        size, kernel, stride, dilation = geometry
+        padding = dilation * (kernel // 2)
+        name = f"{backend} {dtype} {layout} {size[0]}x{size[1]} k{kernel} s{stride} d{dilation}"
+        yield name, backend, dtype, layout, size, kernel, ([stride] * 2, [padding] * 4, [dilation] * 2)
+
+
+def _gradients(backend, x, weight, geometry, make_grad):
+    """(y, grad_y, grad_x, grad_weight) of one convolution."""
+    x.requires_grad_()
+    weight.requires_grad_()
+    stride, padding, dilation = geometry
+    y = fastseg.ops.depthwise_conv2d(x, weight, None, tuple(stride), padding[0], tuple(dilation), backend=backend)
+    grad_y = make_grad(y.shape).contiguous(memory_format=torch.channels_last)
+    return y, grad_y, *torch.autograd.grad(y, (x, weight), grad_y)
+
+
+def smoke(device: str, compare: bool = True) -> int:
+    """Forward and both gradients of small tensors, inside the error bound."""
+    done = 0
+    for name, backend, dtype, layout, size, kernel, geometry in _calls(device):
+        x = random_tensor((2, 24, *size), dtype, seed=1, device=device).contiguous(memory_format=layout)
+        weight = random_tensor((24, 1, kernel, kernel), dtype, seed=2, device=device)
+        y, grad_y, *grads = _gradients(
+            backend, x, weight, geometry, lambda s, dtype=dtype: random_tensor(s, dtype, seed=3, device=device)
+        )
+        done += 1
+        if compare:
+            wanted = expected_depthwise(x, weight, None, *geometry, grad_output=grad_y)
+            for what, actual, expected in zip(("y", "grad_x", "grad_weight"), (y, *grads), wanted[:3], strict=True):
+                assert_within(actual.detach(), expected, f"{name}: {what}")
+    print(f"{done} calls {'inside the bound' if compare else 'made'}")
+    return 0 if done else 1
+
+
+def touch(device: str) -> int:
+    """The calls of `smoke` without their checks, for compute-sanitizer to watch: it slows every launch down."""
+    return smoke(device, compare=False)
+
+
+def exactness(device: str) -> int:
+    """Small integers, whose sums are exact: results must equal the exact ones, rounded once, bit for bit."""
+    done, wrong = 0, []
+    for name, backend, dtype, layout, size, kernel, geometry in _calls(device):
+        x = integer_tensor((2, 24, *size), dtype, seed=1, device=device).contiguous(memory_format=layout)
+        weight = integer_tensor((24, 1, kernel, kernel), dtype, seed=2, device=device)
+        y, grad_y, *grads = _gradients(
+            backend, x, weight, geometry, lambda s, dtype=dtype: integer_tensor(s, dtype, seed=3, device=device)
+        )
+        exact_x, exact_weight, exact_grad = (t.detach().double() for t in (x, weight, grad_y))
+        exact = [reference.forward(exact_x, exact_weight, None, *geometry, "none")]
+        exact += reference.backward(exact_grad, exact_x, exact_weight, *geometry, (True, True, False))[:2]
+        for what, actual, value in zip(("y", "grad_x", "grad_weight"), (y, *grads), exact, strict=True):
+            done += 1
+            if not torch.equal(actual.detach(), value.to(dtype)):
+                wrong.append(f"{name}: {what}")
+    print(f"{done - len(wrong)} of {done} results exact", *wrong, sep="\n")
+    return 1 if wrong or not done else 0
+
+
+class Run:
+    """The stages, and the record that is written after each."""
+
+    def __init__(self, output: Path, device: str, budget: float):
+        self.output, self.device = output, device
+        self.end = time.perf_counter() + budget
+        self.record = record.start({"device": device, "budget": budget, "command": "gpu"})
+        self.record |= {"stages": [], "promises": {}}
+        record.save(self.record, output)
+
+    def stage(self, name: str, command: list[str], limit: float, **environment: str) -> str:
+        """Run `command` for at most `limit` seconds; what it printed last is kept. Returns its status."""
+        limit = min(limit, self.end - time.perf_counter())
+        if limit < LEAST_SECONDS:
+            return self.skip(name, "the time budget was spent")
+        print(f"\n== {name}, at most {limit:.0f} s", flush=True)
+        start = time.perf_counter()
+        status, detail = _run_printing(command, limit, {**os.environ, **environment})
+        return self._add(name, status, time.perf_counter() - start, detail)
+
+    def skip(self, name: str, reason: str) -> str:
+        return self._add(name, "skipped", 0.0, reason)
+
+    def _add(self, name: str, status: str, seconds: float, detail: str) -> str:
+        print(f"== {name}: {status}", flush=True)
+        # Folders are nobody's business.
+        detail = detail.replace(f"{record.ROOT}/", "").replace(tempfile.gettempdir(), "")
+        detail = re.sub(r"(/[\w.+-]+){2,}/", "", detail)
+        self.record["stages"].append({"name": name, "status": status, "seconds": round(seconds, 1), "detail": detail})
+        record.save(self.record, self.output)
+        return status
+
+    def measure(self, name: str, limit: float, *options: str) -> None:
+        """`python -m benchmarks` with `options`; its rows join the record, also when it was interrupted."""
+        limit = min(limit, self.end - time.perf_counter())
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "part.json"
+            command = [*_python("benchmarks"), "--device", self.device, "--output", str(part), *options]
+            self.stage(name, [*command, "--budget", f"{max(1, 0.9 * limit - 10):.0f}"], limit)
+            if part.exists():
+                found = record.load(part)
+                for key in ("operators", "networks", "skipped"):
+                    self.record[key] += found[key]
+                for key in ("ceilings", "overhead"):
+                    self.record[key] = self.record[key] or found[key]
+        record.save(self.record, self.output)
+
+    def test(self, file: str, limit: float) -> None:
+        """The tests of one file; how many passed and failed goes into the record, promise by promise."""
+        rung = "gpu" if self.device == "cuda" else "cpu"
+        with tempfile.TemporaryDirectory() as folder:
+            results = Path(folder) / "results.xml"
+            options = ["-q", "--tb=line", "--maxfail=50", "-p", "no:cacheprovider", f"--junitxml={results}"]
+            self.stage(file, [*_python("pytest"), file, *options], limit, FASTSEG_RUNG=rung)
+            if results.exists():
+                self.record["promises"] |= _count_tests(results)
+        record.save(self.record, self.output)
+
+
+def _python(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+def _count_tests(junit: Path) -> dict[str, dict[str, int]]:
+    """Test function -> how many of its cases passed, failed and were skipped."""
+    found: dict[str, Counter] = {}
+    for case in ElementTree.parse(junit).iter("testcase"):
+        kinds = {child.tag for child in case}
+        status = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        found.setdefault(case.get("name").split("[")[0], Counter())[status] += 1
+    return {name: dict(counts) for name, counts in found.items()}
+
+
+def _run_printing(command: list[str], limit: float, environment: dict[str, str]) -> tuple[str, str]:
+    """Run `command`, passing its output on. Returns "passed", "failed" or "timed out", and its last lines."""
+    process = subprocess.Popen(
+        command, cwd=record.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    timer = threading.Timer(limit, process.kill)
+    timer.start()
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines = [*lines[-7:], line.rstrip()[:200]]
+    code = process.wait()
+    late = not timer.is_alive()
+    timer.cancel()
+    status = "passed" if code == 0 else "timed out" if late else "failed"
+    return status, "\n".join(lines)
+
+
+def run_all(output: Path, device: str, budget: float) -> dict:
+    """Every stage in its order; the record."""
+    run = Run(output, device, budget)
+    own = [*_python("benchmarks.gpu"), "--device", device, "--stage"]
+    if device == "cuda":
+        run.stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240)
+    else:
+        run.skip("build", "a dry run uses what is built")
+    run.stage("smoke", [*own, "smoke"], 60)
+    run.stage("exactness", [*own, "exactness"], 60)
+    run.test("tests/test_contract.py", 150)
+    if device == "cuda":
+        run.test("tests/test_gpu.py", 60)
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck"):
+        if device == "cuda" and sanitizer:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *own, "touch"]
+            # Without PyTorch's caching allocator every tensor has bounds that the sanitizer can see.
+            run.stage(tool, command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        else:
+            run.skip(tool, "compute-sanitizer is not installed" if device == "cuda" else "a dry run has no GPU")
+    left = run.end - time.perf_counter()
+    if device == "cuda":
+        run.measure("times, bfloat16", 0.5 * left, "--dtype", "bfloat16", "--no-networks")
+        run.measure("networks", 0.2 * left, "--dtype", "bfloat16", "--cases", "")
+        run.measure("times, float32", left, "--dtype", "float32", "--no-networks")
+    else:
+        run.measure("times, float32", left, "--dtype", "float32", "--no-networks", "--cases", "mobilenet-384")
+    record.finish(run.record)
+    record.save(run.record, output)
+    return run.record
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--output", type=Path, help="where the record goes")
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, metavar="SECONDS")
+    parser.add_argument("--dry-run", action="store_true", help="every stage that can run on the CPU; nothing to commit")
+    parser.add_argument("--stage", choices=("smoke", "exactness", "touch"), help="only this, in this process")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="for --stage")
+    parsed = parser.parse_args(arguments)
+    device = "cpu" if parsed.dry_run else parsed.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("PyTorch sees no CUDA device on this machine, so there is nothing to run here.", file=sys.stderr)
+        return 2
+    if parsed.stage:
+        return {"smoke": smoke, "exactness": exactness, "touch": touch}[parsed.stage](device)
+    if parsed.dry_run:
+        output = record.ROOT / "build" / "gpu-dry-run.json"
+    else:
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        output = Path(os.environ.get("OUT") or record.RESULTS) / f"{name}.json"
+    output = parsed.output or output
+    found = run_all(output, device, parsed.budget)
+    print(f"\n{table.terminal(found)}" if found["operators"] else "")
+    for stage in found["stages"]:
+        print(f"{stage['status']:<10} {stage['name']} ({stage['seconds']:.0f} s)")
+    print(f"record: {output.name}")
+    return 0 if all(stage["status"] in ("passed", "skipped") for stage in found["stages"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,35 @@
+"""The README's tables, written from records and from nothing else.
+
+They stand between `<!-- gpu-table -->` and `<!-- /gpu-table -->`, and likewise for the CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks import table
+from benchmarks.record import RESULTS, newest
+
+BLOCKS = {"cpu-table": "cpu", "gpu-table": "cuda"}
+
+
+def block(name: str, results: Path = RESULTS) -> str:
+    """The text of one block: the newest record's table, or that there is none."""
+    record = newest(BLOCKS[name], results)
+    return "no record yet" if record is None else table.markdown(record)
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """`text` with every marked block made anew.
+
+    Raises:
+        ValueError: a block's opening or closing mark is missing.
+    """
+    for name in BLOCKS:
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        content = f"{block(name, results)}\n"
+        text, count = marks.subn(lambda match, content=content: match[1] + content + match[2], text)
+        if count != 1:
+            raise ValueError(f"expected one block from <!-- {name} --> to <!-- /{name} -->, but got {count}")
+    return text

@@ -1,0 +1,185 @@
+"""The record: one JSON with everything a run found and what it was found on. Reports and tables come from it alone.
+
+Its keys:
+schema     1
+created    UTC, ISO 8601
+commit     git commit; dirty says whether files differed from it
+kernels    path -> sha256 of every kernel source
+machine    processor, GPU, driver, versions
+settings   threads, dtypes, what was selected
+ceilings   measured in the same run
+operators  rows of operators.py
+networks   rows of network.py
+overhead   rows of operators.overhead
+skipped    {"id", "reason"} of what was not run
+stages     only from gpu.py: {"name", "status", "seconds", "detail"}
+promises   only from gpu.py: test -> how many of its cases passed, failed and were skipped
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def kernel_files(root: Path = ROOT) -> list[Path]:
+    """Every source file of a kernel. csrc/host executes kernels for tests and is none."""
+    sources = [p for p in (root / "csrc").rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
+    host = root / "csrc" / "host"
+    return sorted([p for p in sources if host not in p.parents] + list((root / "fastseg" / "ops").glob("*/triton.py")))
+
+
+def kernel_hashes(root: Path = ROOT) -> dict[str, str]:
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in kernel_files(root)}
+
+
+def gpu_files(root: Path = ROOT) -> set[str]:
+    """The kernel files that reach a GPU: Triton's, CUDA's, and whatever CUDA's include."""
+    files = {path.relative_to(root).as_posix(): path for path in kernel_files(root)}
+    found: set[str] = set()
+    waiting = [name for name in files if name.endswith((".cu", ".cuh", "triton.py"))]
+    while waiting:
+        name = waiting.pop()
+        if name in files and name not in found:
+            found.add(name)
+            waiting += re.findall(r'^\s*#\s*include\s+"([^"]+)"', files[name].read_text(), re.MULTILINE)
+    return found
+
+
+def not_yet_run_on_a_gpu(root: Path = ROOT, results: Path = RESULTS) -> list[str]:
+    """Kernel files whose content differs from what the newest GPU record was made with, or that it never saw."""
+    record = newest("cuda", results)
+    seen = record["kernels"] if record else {}
+    hashes = kernel_hashes(root)
+    return [path for path in sorted(gpu_files(root)) if seen.get(path) != hashes[path]]
+
+
+def newest(device: str, results: Path = RESULTS) -> dict | None:
+    """The newest committed record of "cpu" or "cuda", or None."""
+    records = [load(path) for path in sorted(results.glob("*.json"))]
+    return max((r for r in records if r["settings"]["device"] == device), key=lambda r: r["created"], default=None)
+
+
+def start(settings: dict) -> dict:
+    """A record with nothing measured yet."""
+    return {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "kernels": kernel_hashes(),
+        "machine": machine(settings["device"]),
+        "settings": settings,
+        "ceilings": {},
+        "operators": [],
+        "networks": [],
+        "overhead": [],
+        "skipped": [],
+    }
+
+
+def save(record: dict, path: Path) -> None:
+    """Write atomically: an interrupted run leaves the last complete record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def load(path: Path) -> dict:
+    """Raises ValueError where the file is no record that this version reads."""
+    record = json.loads(Path(path).read_text())
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        got = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"expected a benchmark record of schema {SCHEMA} in {Path(path).name}, but got {got}")
+    return record
+
+
+def finish(record: dict) -> None:
+    """Note how busy the machine was in the end: more than its threads can account for means that others ran too."""
+    record["machine"]["load_at_end"] = _load()
+
+
+def gates(record: dict) -> dict[str, int]:
+    """How many candidates were found right and wrong."""
+    rows = record["operators"] + record["networks"]
+    found = [c["gate"]["green"] for row in rows for c in row["candidates"] if "gate" in c]
+    return {"green": sum(found), "red": len(found) - sum(found)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def machine(device: str) -> dict:
+    """Hardware and versions, without names of hosts or users."""
+    facts = {
+        "cpu": _cpu_model(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_at_start": _load(),
+        "load_at_end": None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "onednn": torch.backends.mkldnn.is_available(),
+    }
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "gpu_memory": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "multiprocessors": properties.multi_processor_count,
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        }
+    return facts
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return __import__(package).__version__
+    except ImportError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

@@ -1,0 +1,154 @@
+"""What a record says, in a few numbers. Everything here is computed from the record alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def candidate(row: dict, name: str) -> dict | None:
+    return next((c for c in row["candidates"] if c["name"] == name), None)
+
+
+def is_red(row: dict) -> bool:
+    """Whether a kernel under test gave a wrong result; such a row shows no speed."""
+    return any(c["role"] == "fastseg" and not c.get("gate", {"green": True})["green"] for c in row["candidates"])
+
+
+def red_message(row: dict) -> str:
+    return "; ".join(
+        f"{c['name']}: {c['gate']['message']}"
+        for c in row["candidates"]
+        if c["role"] == "fastseg" and "gate" in c and not c["gate"]["green"]
+    )
+
+
+def shown(row: dict) -> dict | None:
+    """The candidate a row stands for: fastseg under "auto", or the fastest kernel where "auto" still takes native."""
+    if is_red(row):
+        return None
+    timed = [c for c in row["candidates"] if c["role"] == "fastseg" and "seconds" in c]
+    kernels = [c for c in timed if c.get("backend") != "native"]
+    default = next((c for c in timed if c["name"] == "fastseg"), None)
+    if default is not None and (default.get("backend") != "native" or not kernels):
+        return default
+    return min(kernels, key=lambda c: c["seconds"]["median"], default=None)
+
+
+def baseline(row: dict) -> dict | None:
+    """Native in its better layout."""
+    return candidate(row, row["baseline"]) if row["baseline"] else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Speed-ups of one direction over native's better layout."""
+
+    direction: str
+    rows: int
+    geometric_mean: float
+    best: tuple[float, str]
+    worst: tuple[float, str]
+
+
+def summaries(record: dict) -> list[Summary]:
+    """One summary per direction and dtype that has a speed."""
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for row in record["operators"]:
+        entry = shown(row)
+        if entry is not None and "ratio" in entry:
+            groups.setdefault(f"{row['direction']} {row['dtype']}", []).append((entry["ratio"]["median"], row["case"]))
+    return [
+        Summary(name, len(found), math.exp(sum(math.log(r) for r, _ in found) / len(found)), max(found), min(found))
+        for name, found in groups.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach on two CPU cores in float32; `measure` finds (text, met) in a record, or None."""
+
+    wanted: str
+    measure: Callable[[dict], tuple[str, bool] | None]
+
+
+def _row(record, identity) -> dict | None:
+    return next((r for r in record["operators"] + record["networks"] if r["id"] == identity), None)
+
+
+def _spread(value: dict) -> str:
+    return f"{value['median']:.2f}x ({value['p20']:.2f} to {value['p80']:.2f})"
+
+
+def _speed_up(identity: str, least: float, key: str = "ratio") -> Callable:
+    def measure(record):
+        row = _row(record, identity)
+        entry = shown(row) if row else None
+        if entry is None or key not in entry:
+            return None
+        # A ratio of one is asked for within noise: most of the pairs may lie below only when the upper ones do not.
+        reached = entry[key]["p80" if least == 1 else "median"]
+        return _spread(entry[key]), reached >= least
+
+    return measure
+
+
+def _dilation_cost(dilated: str, plain: str, most: float) -> Callable:
+    def measure(record):
+        rows = [_row(record, identity) for identity in (dilated, plain)]
+        entries = [shown(row) if row else None for row in rows]
+        if None in entries:
+            return None
+        cost = entries[0]["seconds"]["median"] / entries[1]["seconds"]["median"]
+        return f"{cost:.2f}x", cost <= most
+
+    return measure
+
+
+def _overhead(record) -> tuple[str, bool] | None:
+    found = [r for r in record["overhead"] if r["name"].startswith("fastseg")]
+    if not found:
+        return None
+    worst = max(found, key=lambda r: r["above_native"]["median"])["above_native"]["median"]
+    return f"{worst * 1e6:.1f} us", worst <= 10e-6
+
+
+_NETWORK = "deeplabv3-mobilenet-v3/inference/float32"
+CPU_TARGETS = (
+    Target("2048x33x33 d=18 forward: 10x", _speed_up("sep-aspp-d18/forward/float32", 10)),
+    Target("728x33x33 d=2 backward: 15x", _speed_up("xception-middle-d2/backward/float32", 15)),
+    Target("2048x33x33 d=6 backward: 15x", _speed_up("sep-aspp-d6/backward/float32", 15)),
+    Target("728x33x33 forward: never below native", _speed_up("xception-middle/forward/float32", 1)),
+    Target("256x129x129 forward: never below native", _speed_up("decoder-256/forward/float32", 1)),
+    Target("64x257x257 forward: never below native", _speed_up("xception-entry/forward/float32", 1)),
+    *(
+        Target(
+            f"2048x33x33 d={rate} {direction}: at most 1.3x the time of d=1",
+            _dilation_cost(f"sep-aspp-d{rate}/{direction}/float32", f"sep-aspp-d1/{direction}/float32", 1.3),
+        )
+        for direction in ("forward", "backward")
+        for rate in (6, 12, 18)
+    ),
+    *(
+        Target(
+            f"728x33x33 d=2 {direction}: at most 1.3x the time of d=1",
+            _dilation_cost(f"xception-middle-d2/{direction}/float32", f"xception-middle/{direction}/float32", 1.3),
+        )
+        for direction in ("forward", "backward")
+    ),
+    Target("deeplabv3_mobilenet_v3_large: 2x eager NCHW", _speed_up(_NETWORK, 2, "ratio to native NCHW")),
+    Target(
+        "deeplabv3_mobilenet_v3_large: 1.1x eager channels_last",
+        _speed_up(_NETWORK, 1.1, "ratio to native channels_last"),
+    ),
+    Target("operator call: at most 10 us above native", _overhead),
+)
+
+
+def targets(record: dict) -> list[tuple[str, str, bool]]:
+    """(what is wanted, what was measured, whether it was met) for the CPU figures this record holds."""
+    if record["settings"]["device"] != "cpu":
+        return []
+    measured = [(target.wanted, target.measure(record)) for target in CPU_TARGETS]
+    return [(wanted, *found) for wanted, found in measured if found is not None]
