@@ -102,6 +102,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def fold_everything(monkeypatch):
+    """Folding is tested on images so small that it would not pay."""
+    monkeypatch.setattr(folding, "FEWEST_OUTPUTS", {})
+
+
 @pytest.fixture(scope="module")
 def originals():
     """Each model is built once; tests take copies."""

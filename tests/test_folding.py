@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fastseg
+from fastseg.nn import folding
 from fastseg.testing import STEEPEST_ACTIVATION, assert_within, expected
 from tests.networks import (
     Block,
@@ -20,6 +21,7 @@ from tests.networks import (
     assert_like_native,
     block,
     channels_last,
+    fold_everything,
     folds,
     image,
     lively,
@@ -60,6 +62,20 @@ class TwoWays(nn.Module):
     def forward(self, x):
         x = self.conv(x)
         return x if self.stop else self.bn(x)
+
+
+class Crossed(nn.Module):
+    """Two norms that change places."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.crossed = False
+
+    def forward(self, x):
+        first, second = (self.bn2, self.bn1) if self.crossed else (self.bn1, self.bn2)
+        return second(self.conv2(first(self.conv1(x))))
 
 
 class OptionalSkip(nn.Module):
@@ -182,6 +198,10 @@ def test_timm_norm_with_activation(folds):
     assert type(model[3]) is layers.BatchNormAct2d
     assert_like_native(pickle.loads(pickle.dumps(model)), "BatchNormAct2d")
     assert folds == ["silu"]
+    handle = model[1].act.register_forward_hook(lambda *_: None)
+    predict(model, image())
+    handle.remove()
+    assert folds == ["silu"]
     assert type(fastseg.restore(model)[1]) is layers.BatchNormAct2d
 
 
@@ -193,6 +213,9 @@ def test_training_and_gradients_do_not_fold(block, folds):
     block.eval().bn1.train()
     predict(block, image())
     assert len(folds) == 2  # the other norms of the last call
+    block.eval().training = True  # its members are frozen, but its forward may branch on the flag
+    predict(block, image())
+    assert len(folds) == 2
 
 
 def test_frozen_model_folds_with_gradients_on(block, folds):
@@ -286,6 +309,15 @@ def test_forward_that_goes_another_way():
     assert torch.equal(predict(model, image()), y)
 
 
+def test_a_norm_takes_no_mark_of_another():
+    torch.manual_seed(0)
+    model = fastseg.accelerate(lively(Crossed()).eval())
+    model.crossed = True
+    with pytest.warns(UserWarning, match="repeated without folding"):
+        y = predict(model, image())
+    assert torch.equal(y, predict(channels_last(fastseg.restore(model)), channels_last(image())))
+
+
 def test_second_user_behind_a_default_argument(folds):
     """`is None` is false for a symbolic value, so the default is traced as well."""
     torch.manual_seed(0)
@@ -351,3 +383,13 @@ def test_function_transforms(block, folds):
     assert y.shape == (2, 2, 8, 64, 64)
     torch.func.jvp(block.requires_grad_(False), (image(),), (image(seed=2),))
     assert folds == []
+
+
+def test_small_outputs_do_not_fold(block, folds, monkeypatch):
+    """There, scale and shift cost more than the passes they save."""
+    monkeypatch.setattr(folding, "FEWEST_OUTPUTS", {"cpu": 2 * 8 * 32 * 32})
+    fastseg.accelerate(block)
+    predict(block, image(size=31))
+    assert folds == []
+    predict(block, image(size=32))
+    assert len(folds) == 3

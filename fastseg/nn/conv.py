@@ -1,4 +1,4 @@
-"""Conv2d on fastseg's operators."""
+"""Conv2d on fastseg's operators, and the class that `fastseg.accelerate` gives to a torch.nn.Conv2d."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import torch
 import torch.nn.functional as F
 
 from fastseg import ops
+from fastseg.nn import folding
+
+
+def convolve(layer: torch.nn.Conv2d, input, weight, bias, activation: str, backend: str | None) -> torch.Tensor:
+    """`layer`'s convolution of `input` with the weight and bias given; padding mode, stride and so on are its own."""
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        input = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = 0
+    return ops.conv2d(
+        input, weight, bias, layer.stride, padding, layer.dilation, layer.groups, activation=activation, backend=backend
+    )
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -16,8 +28,8 @@ class Conv2d(torch.nn.Conv2d):
         activation: "none", "relu", "relu6", "hardswish" or "silu", applied to the output.
         backend: as in `fastseg.ops.conv2d`; None takes the surrounding choice.
 
-    Shapes, dtypes, errors and promises: see `fastseg.ops.conv2d`. `padding_mode` other than "zeros" pads the input first,
-    as torch.nn.Conv2d does.
+    Shapes, dtypes, errors and promises: see `fastseg.ops.conv2d`. `padding_mode` other than "zeros" pads the input
+    first, as torch.nn.Conv2d does.
 
     Example:
         >>> import torch, fastseg
@@ -32,19 +44,57 @@ class Conv2d(torch.nn.Conv2d):
         self.backend = backend
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._convolve(input, self.weight, self.bias, self.activation, self.backend)
-
-    def _convolve(self, input, weight, bias, activation, backend):
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        return ops.conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups, activation=activation, backend=backend
-        )
+        return convolve(self, input, self.weight, self.bias, self.activation, self.backend)
 
     def extra_repr(self) -> str:
         extra = super().extra_repr()
         if self.activation != "none":
             extra += f", activation={self.activation}"
         return extra if self.backend is None else f"{extra}, backend={self.backend}"
+
+
+class AcceleratedConv2d(torch.nn.Conv2d):
+    """What a torch.nn.Conv2d becomes under `fastseg.accelerate`: the same object with this class.
+
+    Its settings are one attribute, `_fastseg` (see fastseg/accelerate.py), so that the undo is exact; one that somebody
+    constructs has none and is a torch.nn.Conv2d. Where a batch norm follows and folding is right for this very call,
+    the result already contains it and the activation after it (see fastseg/nn/folding.py).
+    """
+
+    _fastseg = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        settings = self._fastseg
+        if settings is None or not isinstance(input, torch.Tensor) or _under_transform():
+            return super().forward(input)  # torch.fx, a mistake that PyTorch words, or torch.func
+        input = to_memory_format(input, settings.memory_format)
+        chain = settings.chain
+        if chain is not None and folding.is_armed(chain) and folding.pays(self, input.shape, input.device.type):
+            operands = folding.Operands.of(self, chain.norm)
+            if folding.may_fold(chain, input, operands):
+                return folding.mark(folded(self, chain, input, operands, settings.backend), chain)
+        return convolve(self, input, self.weight, self.bias, "none", settings.backend)
+
+
+def _under_transform() -> bool:
+    """Whether torch.func transforms this call: vmap knows neither channels_last nor fastseg's operators."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def to_memory_format(input: torch.Tensor, memory_format: torch.memory_format | None) -> torch.Tensor:
+    """`input` in `memory_format`: itself when it is so already, or cannot be, or when None leaves layouts alone."""
+    if memory_format is None or input.dim() != 4 or input.layout != torch.strided:
+        return input
+    return input.contiguous(memory_format=memory_format)
+
+
+def folded(
+    layer: torch.nn.Conv2d, chain: folding.Chain, input, operands: folding.Operands, backend: str | None
+) -> torch.Tensor:
+    """`layer`'s convolution, then the chain's norm and activation, scaled wherever fewer bytes move."""
+    weight = operands.weight
+    scale, shift = folding.scale_and_shift(operands, chain.norm.eps)
+    if folding.scales_weight(layer, weight, input.shape):
+        return convolve(layer, input, weight * scale.view(-1, 1, 1, 1), shift, chain.activation_name, backend)
+    y = convolve(layer, input, weight, None, "none", backend)
+    return folding.scale_shift_activation_(y, scale, shift, chain.activation_name)

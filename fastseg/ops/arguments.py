@@ -41,13 +41,25 @@ def _padding(padding, kernel, stride, dilation) -> list[int] | None:
     return pair and [pair[0], pair[0], pair[1], pair[1]]
 
 
+def _autocast_unites(tensors) -> bool:
+    """Whether autocast gives these tensors one dtype: under it, activations are bfloat16 and parameters float32."""
+    device_type = tensors[0].device.type
+    return (
+        torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and all(t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
+    )
+
+
 def normalise(input, weight, bias, stride, padding, dilation, groups) -> ConvArguments | None:
     """The arguments in normal form, or None when the call is not plainly valid.
 
     None means that PyTorch has the word: it raises its own exception, or knows a case that is rarer than it looks.
     """
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    if not all(isinstance(t, torch.Tensor) and t.dtype == input.dtype and t.device == input.device for t in tensors):
+    if not all(isinstance(t, torch.Tensor) and t.device == input.device for t in tensors):
+        return None
+    if any(t.dtype != input.dtype for t in tensors) and not _autocast_unites(tensors):
         return None
     if input.layout != torch.strided or input.dim() not in (3, 4) or weight.dim() != 4 or not isinstance(groups, int):
         return None

@@ -65,15 +65,18 @@ def split_index(i_flat, i_size):
 
 @triton.jit
 def is_inside(index, size, IS_INDEX_64: tl.constexpr):
-    """0 <= index < size in one comparison: as an unsigned number, a negative index is larger than every size."""
-    UNSIGNED: tl.constexpr = tl.uint64 if IS_INDEX_64 else tl.uint32
-    return index.to(UNSIGNED) < size.to(UNSIGNED)
+    """0 <= index < size. In 32 bits one comparison does: as an unsigned number a negative index exceeds every size."""
+    if IS_INDEX_64:  # Triton's interpreter fails on masks made of uint64 comparisons
+        inside = (index >= 0) & (index < size)
+    else:
+        inside = index.to(tl.uint32) < size.to(tl.uint32)
+    return inside
 
 
 @triton.jit
 def widen(index, IS_INDEX_64: tl.constexpr):
     """`index` in 64 bits where some product with it would not fit 32."""
-    return index.to(tl.int64) if IS_INDEX_64 else index
+    return tl.cast(index, tl.int64) if IS_INDEX_64 else index
 
 
 @triton.jit

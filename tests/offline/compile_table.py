@@ -1,0 +1,291 @@
+"""Compiles every kernel variant without a GPU and tabulates the registers, stack and shared memory each one takes.
+
+    python tests/offline/compile_table.py            compile everything and write resources.csv
+    python tests/offline/compile_table.py --print    compile everything and print the table
+
+Triton's kernels are taken from the operators: an operator runs on meta tensors, every launch it makes is caught, and
+the kernel is compiled with the arguments and specialisations of that launch. CUDA C++ is compiled with nvcc where there
+is one. Registers differ between compilers, so a row belongs to one version of Triton or nvcc; rows of others stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+ROOT = Path(__file__).parent.parent.parent
+TABLE = Path(__file__).parent / "resources.csv"
+REGENERATE = "python tests/offline/compile_table.py"
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+TRITON_TARGETS = (80, 90, 100)
+NVCC_TARGETS = ("sm_80", "sm_90a")
+# What the forced tile shapes are compiled for: the other targets get the tiles that the planner chooses.
+TILES_TARGET = 90
+
+
+class Key(NamedTuple):
+    """What a row is about. `kernel` names the variant as well."""
+
+    compiler: str  # "triton 3.6.0" or "nvcc 13.0.88"
+    target: str  # "sm_90"
+    kernel: str
+
+
+class Resources(NamedTuple):
+    """Registers and bytes of stack of a thread (spills show there), and bytes of shared memory of a block."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+Table = dict[Key, Resources]
+
+
+def read_table(path: Path = TABLE) -> Table:
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            Key(row["compiler"], row["target"], row["kernel"]): Resources(*(int(row[f]) for f in Resources._fields))
+            for row in csv.DictReader(file)
+        }
+
+
+def write_table(table: Table, file) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow((*Key._fields, *Resources._fields))
+    writer.writerows((*key, *table[key]) for key in sorted(table))
+
+
+class DepthwiseCase(NamedTuple):
+    """A depthwise convolution whose kernels are compiled. Its text names the rows."""
+
+    dtype: str = "bfloat16"
+    layout: str = "channels_last"
+    filter: tuple[int, int] = (3, 3)
+    stride: int = 1
+    dilation: int = 1
+    multiplier: int = 1
+    activation: str = "none"
+    bias: bool = False
+    index_64: bool = False
+    tile: tuple[int, ...] | None = None  # one of CONFIGS; None: what the planner chooses
+
+    def __str__(self) -> str:
+        words = [self.dtype, self.layout, "x".join(map(str, self.filter))]
+        words += [f"{name} {value}" for name, value in self._asdict().items() if name in _NUMBERS and value != 1]
+        words += [self.activation] if self.activation != "none" else []
+        words += ["bias"] if self.bias else []
+        words += ["64-bit"] if self.index_64 else []
+        words += [f"tile {'x'.join(map(str, self.tile))}"] if self.tile else []
+        return " ".join(words)
+
+
+_NUMBERS = ("stride", "dilation", "multiplier")
+
+
+def depthwise_cases(target: int) -> list[DepthwiseCase]:
+    """Each dtype, layout, filter size and stride that networks use, and one case for every other code path."""
+    case = DepthwiseCase
+    cases = [case(layout=layout, filter=(k, k)) for layout in ("channels_last", "contiguous") for k in (3, 5, 7)]
+    cases += [case(layout=layout, stride=2) for layout in ("channels_last", "contiguous")]
+    cases += [case(layout=layout, dtype="float32") for layout in ("channels_last", "contiguous")]
+    cases += [
+        case(dtype="float16"),
+        case(dtype="float32", stride=2),
+        case(dilation=12),
+        case(filter=(9, 9)),  # taller than MAX_BLOCK_R: several turns
+        case(multiplier=2),
+        case(activation="silu", bias=True),
+        case(index_64=True),
+    ]
+    if target == TILES_TARGET:
+        from fastseg.ops.depthwise.triton import CONFIGS
+
+        cases += [case(tile=tile) for tile in CONFIGS]
+    return cases
+
+
+def depthwise_launches(case: DepthwiseCase) -> list[tuple[object, dict]]:
+    """Every (kernel, arguments) that forward and backward launch, on 16 images of Xception's middle flow."""
+    import contextlib
+
+    import torch
+
+    from fastseg.ops.depthwise import triton as operator
+
+    memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+    options = {"dtype": getattr(torch, case.dtype), "device": "meta"}
+    x = torch.empty(16, 728, 33, 33, memory_format=memory_format, **options)
+    weight = torch.empty(728 * case.multiplier, 1, *case.filter, **options)
+    bias = torch.empty(weight.shape[0], **options) if case.bias else None
+    pad_h, pad_w = (case.dilation * (k - 1) // 2 for k in case.filter)
+    geometry = ((case.stride,) * 2, (pad_h, pad_h, pad_w, pad_w), (case.dilation,) * 2)
+
+    launches = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, {"FASTSEG_FORCE_INDEX64": str(int(case.index_64))}))
+        stack.enter_context(
+            mock.patch.object(operator, "launch", lambda kernel, _, **arguments: launches.append((kernel, arguments)))
+        )
+        if case.tile:
+            stack.enter_context(operator.forced_config(operator.Config(*case.tile)))
+        y = operator.forward(x, weight, bias, *geometry, case.activation)
+        operator.backward(torch.empty_like(y), x, weight, *geometry, (True, True, case.bias))
+    return launches
+
+
+def triton_compiler() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+def compile_launch(kernel, arguments: dict, target: int):
+    """Compile what `kernel[grid](**arguments)` would, with the specialisations that Triton would choose."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    arguments = dict(arguments)
+    while not isinstance(kernel, triton.JITFunction):  # under triton.heuristics
+        arguments |= {name: derive(arguments) for name, derive in kernel.values.items()}
+        kernel = kernel.fn
+    gpu = GPUTarget("cuda", target, 32)
+    backend = make_backend(gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**arguments)
+    options, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=gpu, options=options.__dict__)
+
+
+def triton_rows(case: DepthwiseCase, target: int) -> Table:
+    """The rows of one case. Runs in a worker process."""
+    rows = {}
+    for kernel, arguments in depthwise_launches(case):
+        compiled = compile_launch(kernel, arguments, target)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            ((name, resources),) = cubin_resources(Path(file.name)).items()
+        key = Key(triton_compiler(), f"sm_{target}", f"{name} [{case}]")
+        rows[key] = resources._replace(shared=compiled.metadata.shared)  # Triton's shared memory is dynamic
+    return rows
+
+
+def cubin_resources(cubin: Path) -> dict[str, Resources]:
+    """What cuobjdump (Triton's wheel brings one) reports of each kernel, by its name as the linker knows it."""
+    from triton import knobs
+
+    report = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", report)
+    return {name: Resources(*map(int, numbers)) for name, *numbers in found}
+
+
+def nvcc_compiler() -> str | None:
+    """The name and version of nvcc, or None with a message when there is none."""
+    from csrc.cuda_toolkit import INSTALL_HINT, find_toolkit
+
+    toolkit = find_toolkit()
+    if toolkit is None:
+        print(f"no nvcc found, so the CUDA C++ kernels are not compiled: {INSTALL_HINT}", file=sys.stderr)
+        return None
+    version = subprocess.run([toolkit.nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return f"nvcc {re.search(r'V([0-9.]+)', version).group(1)}"
+
+
+def nvcc_rows(source: Path, target: str) -> Table:
+    """The rows of one .cu file: one for each kernel it instantiates. Runs in a worker process."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
+    from csrc.cuda_toolkit import find_toolkit
+
+    toolkit = find_toolkit()
+    includes = [f"-I{folder}" for folder in (ROOT, *toolkit.include_dirs)]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [toolkit.nvcc, "-cubin", f"-arch={target}", "-O3", "-std=c++17", *COMMON_NVCC_FLAGS, *includes]
+        subprocess.run([*command, "-o", cubin, source], check=True)
+        resources = cubin_resources(cubin)
+    compiler = nvcc_compiler()
+    names = [f"{name} [{source.relative_to(ROOT)}]" for name in demangled(resources)]
+    return {Key(compiler, target, name): row for name, row in zip(names, resources.values(), strict=True)}
+
+
+def demangled(names: Iterable[str]) -> list[str]:
+    """C++ names without return type and parameters: what tells two instantiations apart are the template arguments."""
+    program = shutil.which("cu++filt") or shutil.which("c++filt")
+    if program is None:
+        raise RuntimeError("c++filt is not installed: it comes with g++ (binutils)")
+    text = "\n".join(names)
+    lines = subprocess.run([program], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [re.sub(r"\([^()]*\)$", "", line).removeprefix("void ") for line in lines]
+
+
+def cuda_sources() -> list[Path]:
+    return sorted(ROOT.glob("csrc/*/*.cu"))
+
+
+def jobs() -> Iterator[tuple]:
+    """(function, *arguments) of every piece of work; each returns rows."""
+    for target in TRITON_TARGETS:
+        yield from ((triton_rows, case, target) for case in depthwise_cases(target))
+    if cuda_sources() and nvcc_compiler() is not None:
+        yield from ((nvcc_rows, source, target) for source, target in itertools.product(cuda_sources(), NVCC_TARGETS))
+
+
+def _run(job: tuple) -> Table:
+    function, *arguments = job
+    return function(*arguments)
+
+
+def compile_everything(workers: int | None = None) -> Table:
+    """The rows of every compiler that is installed."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled")
+    workers = workers or os.cpu_count() or 1
+    table = {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(_run, list(jobs())):
+            table |= rows
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="print the table instead of writing it")
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
+    arguments = parser.parse_args()
+    compiled = compile_everything(arguments.jobs)
+    if arguments.print:
+        write_table(compiled, sys.stdout)
+        return
+    compilers = {key.compiler for key in compiled}
+    kept = {key: row for key, row in read_table().items() if key.compiler not in compilers}
+    with TABLE.open("w", newline="") as file:
+        write_table(kept | compiled, file)
+    print(f"{TABLE.relative_to(ROOT)}: {len(compiled)} rows of {', '.join(sorted(compilers))}, {len(kept)} rows kept")
+
+
+if __name__ == "__main__":
+    main()
