@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/python tests/lint.py
 
 test: build
-	$(BIN)/python tests/ladder.py
+	$(BIN)/python -m tests.ladder
 
 bench: build
 	$(BIN)/python -m benchmarks --quick --output report.json --html report.html

@@ -11,6 +11,7 @@ children are.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import inspect
 import itertools
@@ -87,6 +88,7 @@ def _trace(root: torch.nn.Module) -> list[_Tracer] | None:
             tracer.trace(root, concrete)
         except Exception:  # whatever a stranger's forward raises on symbolic values
             return None
+        tracer.kept = _kept(root)
         traces.append(tracer)
     return traces
 
@@ -112,6 +114,7 @@ class _Tracer(torch.fx.Tracer):
         self.stack = [(next(self.ids), root)]
         self.calls: dict[torch.fx.Node, tuple[torch.nn.Module, tuple]] = {}
         self.opaque: list[torch.nn.Module] = []
+        self.kept: set[torch.fx.Node] = set()
 
     def is_leaf_module(self, module, name):
         if isinstance(module, (torch.nn.Conv2d, torch.nn.modules.batchnorm._BatchNorm)):
@@ -167,7 +170,8 @@ class _Tracer(torch.fx.Tracer):
         identities = ()
         while True:
             user = next(iter(node.users), None)
-            if len(node.users) != 1 or user not in self.calls or user.args != (node,) or user.kwargs:
+            alone = len(node.users) == 1 and node not in self.kept
+            if not alone or user not in self.calls or user.args != (node,) or user.kwargs:
                 return None, None, stack, ()
             module, around = self.calls[user]
             stack = tuple(ours for ours, theirs in zip(stack, around, strict=False) if ours[0] == theirs[0])
@@ -198,24 +202,42 @@ def _watch(candidate: _Candidate, convolution: torch.nn.Conv2d) -> list[Link] | 
 @contextlib.contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode for every module inside; afterwards every attribute and the random state are as before."""
-    saved = []
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        attributes = vars(module).copy()
-        registries = [(registry, registry.copy()) for key in _REGISTRIES if (registry := attributes.get(key))]
-        saved.append((module, attributes, registries))
-        vars(module)["training"] = False
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    saved = [None if isinstance(m, torch.jit.ScriptModule) else _Saved(vars(m)) for m in modules]
     try:
+        for module in modules:
+            module.training = False
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        for module, attributes, registries in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for registry, entries in registries:
-                registry.clear()
-                registry.update(entries)
+        for module, flag, attributes in zip(modules, flags, saved, strict=True):
+            module.training = flag
+            if attributes is not None:
+                attributes.restore()
 
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+class _Saved:
+    """A module's attributes, with the contents of lists, dicts and sets: a forward may append what it computes."""
+
+    def __init__(self, attributes: dict):
+        self.attributes = attributes
+        self.values = attributes.copy()
+        self.contents = [(value, value.copy()) for value in self.values.values() if type(value) in _CONTAINERS]
+
+    def restore(self) -> None:
+        for container, contents in [*self.contents, (self.attributes, self.values)]:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(contents)
+
+
+_CONTAINERS = (list, dict, set, collections.OrderedDict)
+
+
+def _kept(root: torch.nn.Module) -> set[torch.fx.Node]:
+    """The traced values that a forward keeps in a module's attributes, where the graph does not show them."""
+    values = [value for module in root.modules() for value in vars(module).values()]
+    for value in values[:]:
+        if type(value) in (*_CONTAINERS, tuple):
+            values.extend(value.values() if isinstance(value, dict) else value)
+    return {value.node for value in values if isinstance(value, torch.fx.Proxy)}

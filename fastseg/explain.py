@@ -123,7 +123,7 @@ def explain(model: torch.nn.Module, example) -> Report:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=12, dilation=12, groups=8))
         >>> report = fastseg.explain(model, torch.randn(1, 8, 17, 17))
         >>> f"{report.rows[0].live_taps:.0%}"
-        '27%'
+        '28%'
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, but got {type(model).__name__}")

@@ -21,7 +21,7 @@ class Family:
 
     cases: readable id -> whatever the functions below take as `case`; small shapes.
     key_cases: ids of a few that together reach every path of the kernels.
-    make(case, dtype, maker, device): the differentiable tensors, the image first.
+    make(case, dtype, maker, device, seed): the differentiable tensors, the image first.
     run(case, tensors, backend), native(case, tensors): the operator, and PyTorch's own.
     expected(case, tensors, grad_output, roundoff): the output's and each tensor's gradient's Expected.
     terms(case, tensors): products in the longest sum of the output and of each gradient.
@@ -96,11 +96,11 @@ DEPTHWISE_CASES = {
 }
 
 
-def _make_depthwise(case: DepthwiseCase, dtype, maker=random_tensor, device="cpu") -> Tensors:
+def _make_depthwise(case: DepthwiseCase, dtype, maker=random_tensor, device="cpu", seed=0) -> Tensors:
     outputs = case.channels * case.multiplier
-    x = maker((case.batch, case.channels, *case.size), dtype, seed=1, device=device)
-    weight = maker((outputs, 1, *case.kernel), dtype, seed=2, device=device)
-    return (x, weight, maker((outputs,), dtype, seed=3, device=device)) if case.bias else (x, weight)
+    x = maker((case.batch, case.channels, *case.size), dtype, seed=seed + 1, device=device)
+    weight = maker((outputs, 1, *case.kernel), dtype, seed=seed + 2, device=device)
+    return (x, weight, maker((outputs,), dtype, seed=seed + 3, device=device)) if case.bias else (x, weight)
 
 
 def _run_depthwise(case: DepthwiseCase, tensors: Tensors, backend: str) -> torch.Tensor:

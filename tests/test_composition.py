@@ -52,6 +52,7 @@ def test_compile_fullgraph_with_dynamic_shapes(layout, target):
         return fastseg.ops.depthwise_conv2d(y * 2, weight, padding="same", backend=target.backend).sigmoid()
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(block, fullgraph=True, dynamic=True)
     for size in ((9, 10), (12, 7), (15, 15)):
         tensors = [t.requires_grad_() for t in inputs(target, layout=layout, size=size)]

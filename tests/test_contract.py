@@ -58,13 +58,15 @@ def with_dtypes(params, dtypes=DTYPES):
     ]
 
 
+# Draws over which promise 1 (b) takes the largest error.
+DRAWS = 2 if SLOW_RUNG else 10
 NAMES = ("output", "grad of tensor 0", "grad of tensor 1", "grad of tensor 2")
 
 
-def make(family: Family, case, dtype, target, maker=random_tensor, layout=torch.contiguous_format):
+def make(family: Family, case, dtype, target, maker=random_tensor, layout=torch.contiguous_format, seed=0):
     if not target.takes(dtype):
         pytest.skip(f"{target} has no kernels for {short(dtype)}")
-    tensors = family.make(case, dtype, maker, target.device)
+    tensors = family.make(case, dtype, maker, target.device, seed)
     return tensors[0].contiguous(memory_format=layout), *tensors[1:]
 
 
@@ -109,16 +111,21 @@ def test_gradients_within_bound(family, case, dtype, layout, target):
 
 @pytest.mark.parametrize(("family", "case", "dtype"), with_dtypes(KEY, DTYPES[:3]))
 def test_no_less_accurate_than_native(family, case, dtype, target):
+    """The largest error over a few draws: of one alone, native's may be small by luck."""
     if target.roundoff(dtype) is not None:
         pytest.skip("the interpreter truncates to bfloat16 where a GPU rounds")
-    tensors = require_grad(make(family, case, dtype, target))
-    y, native = family.run(case, tensors, target.backend), family.native(case, tensors)
-    grad_output = random_like(y)
-    wanted = family.expected(case, tensors, grad_output, None)
-    assert_no_less_accurate(y.detach(), native.detach(), wanted[0].value, 2, "output")
-    ours, theirs = gradients(y, tensors, grad_output), gradients(native, tensors, grad_output)
-    for name, grad, other, exact, times in zip(NAMES[1:], ours, theirs, wanted[1:], (2, 3, 3), strict=False):
-        assert_no_less_accurate(grad, other, exact.value, times, name)
+    ours, theirs, exact = [], [], []
+    for seed in range(DRAWS):
+        tensors = require_grad(make(family, case, dtype, target, seed=10 * seed))
+        y, native = family.run(case, tensors, target.backend), family.native(case, tensors)
+        grad_output = random_like(y, seed=10 * seed + 9)
+        ours.append((y.detach(), *gradients(y, tensors, grad_output)))
+        theirs.append((native.detach(), *gradients(native, tensors, grad_output)))
+        exact.append([wanted.value for wanted in family.expected(case, tensors, grad_output, None)])
+    for name, own, other, value, times in zip(
+        NAMES, zip(*ours, strict=True), zip(*theirs, strict=True), zip(*exact, strict=True), (2, 2, 3, 3), strict=False
+    ):
+        assert_no_less_accurate(torch.stack(own), torch.stack(other), torch.stack(value), times, name)
 
 
 # Promise 2: exact on small integers.

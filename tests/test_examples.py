@@ -35,7 +35,7 @@ def test_docstring_examples(name):
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("value", public_objects())
+@pytest.mark.parametrize("value", list(public_objects()))
 def test_public_names_have_a_docstring_with_an_example(value):
     assert value.__doc__ is not None
     assert ">>>" in value.__doc__, "add a four-line example that runs on a CPU"

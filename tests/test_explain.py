@@ -196,6 +196,25 @@ class TestChains:
         assert model.training
         assert torch.equal(torch.get_rng_state(), random)
 
+    def test_values_kept_in_attributes_are_used(self):
+        """The graph does not show them, but somebody may look at them later."""
+
+        class Keeps(Block):
+            def __init__(self):
+                super().__init__()
+                self.features = []
+
+            def forward(self, x):
+                x = self.conv1(x)
+                self.features.append(x)
+                x = self.depthwise(self.relu(self.bn1(x)))
+                self.last = x
+                return self.grouped(self.relu(self.bn2(x)))
+
+        model = Keeps()
+        assert find_chains(model) == {}
+        assert model.features == []
+
     def test_untraceable_parts_cost_their_own_chains_only(self):
         class Branches(nn.Module):
             def __init__(self):

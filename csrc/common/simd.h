@@ -70,7 +70,6 @@
 // The compiler may assume nothing about this pointer's value. Without it GCC turns a walking pointer
 // back into one address per step, and has no registers for them.
 #define FASTSEG_OPAQUE(pointer) asm("" : "+r"(pointer))
-#define FASTSEG_KEEP(value) asm("" : "+v"(value))
 
 namespace fastseg {
 

@@ -9,6 +9,7 @@
 // switched off (__CUDA_NO_HALF_CONVERSIONS__ and its like).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -77,6 +78,13 @@ __device__ __forceinline__ T narrow(Accumulator<T> value) {
   } else {
     return value;
   }
+}
+
+// a * b + c, rounded once. Spelled out, so that a kernel's bits do not depend on what a compiler
+// makes of `+` and `*`.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) {
+  return fma(a, b, c);
 }
 
 // ---- Packs ----

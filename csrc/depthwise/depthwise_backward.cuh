@@ -216,8 +216,9 @@ __global__ void __launch_bounds__(BackwardTraits<T, VEC, TAPS, STRIDE>::kMaxThre
                   if (s < 0 || s >= TAPS || (GUARDED && !input_inside[j])) continue;
 #pragma unroll
                   for (int v = 0; v < VEC; ++v) {
-                    grad_x[j][v] += grad_y[v] * weights[r][s][v];
-                    sums[(r * TAPS + s) * VEC + v] += grad_y[v] * x[j][v];
+                    Acc& sum = sums[(r * TAPS + s) * VEC + v];
+                    grad_x[j][v] = multiply_add(grad_y[v], weights[r][s][v], grad_x[j][v]);
+                    sum = multiply_add(grad_y[v], x[j][v], sum);
                   }
                 }
               }

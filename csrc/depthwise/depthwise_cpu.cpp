@@ -5,6 +5,9 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string_view>
@@ -42,7 +45,6 @@ FASTSEG_TARGET_END
 namespace fastseg {
 namespace {
 
-using depthwise_cpu::Block;
 using depthwise_cpu::Call;
 using depthwise_cpu::Filter;
 using depthwise_cpu::Image;
@@ -83,166 +85,146 @@ Kernels kernels_for(at::ScalarType type) {
   }
 }
 
-Image image_of(const at::Tensor& t, const void* data) {
-  return {const_cast<void*>(data), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+Image image_of(const at::Tensor& tensor) {  // [N, C, H, W]
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.stride(3)};
 }
 
-Filter filter_of(const at::Tensor& t, const void* data) {
-  return {const_cast<void*>(data), t.stride(0), t.stride(2), t.stride(3)};
+Filter filter_of(const at::Tensor& tensor) {  // [K, 1, R, S] or [K]
+  void* data = const_cast<void*>(tensor.const_data_ptr());
+  if (tensor.dim() == 1) return {data, tensor.stride(0), 0, 0};
+  return {data, tensor.stride(0), tensor.stride(2), tensor.stride(3)};
 }
 
-static int64_t env(const char*n,int64_t d){const char*e=getenv(n);return e?atoll(e):d;}
-
-// Cuts the work: blocks of channels, bands of rows.
-void cut_tasks(const Kernels& kernels, int64_t item, bool direct_source,
-               bool direct_target, Call* call) {
-  const int64_t m = call->multiplier, accumulator = std::max<int64_t>(item, 4);
-  const int64_t vector = kernels.vector_bytes / accumulator;
-  const int64_t width = std::max(call->columns.sources, call->columns.targets);
-  const int64_t rows = call->walk.rows;
-  const int64_t min_band = std::max<int64_t>(4, 4 * (call->R - 1));
-  const int64_t max_bands = std::max<int64_t>(1, rows / min_band);
-  const int64_t work = call->N * call->C * m * rows * call->columns.targets * (call->R * call->S + 4);
-  const int64_t wanted = std::clamp<int64_t>(work >> 18, 1, 64);
-  // Direct: pixels of many channels, as long as the rows in use stay in half of a 1 MiB cache.
-  const int64_t whole = call->C / vector * vector;
-  int64_t lanes = 128 / item;
-  if (direct_source) {
-    static int64_t bl=env("BLOCK",0);
-    const int64_t cache = (int64_t{512} << 10) / ((call->R + 1) * width * item);
-    while (lanes * 2 <= whole && lanes * 2 <= cache && lanes * item < 1024 &&
-           call->N * (whole / (lanes * 2)) * max_bands >= wanted) {
-      lanes *= 2;
-    }
-    if(bl) lanes=bl;
-  }
-  const auto cut = [&](int64_t begin, int64_t end, bool source, bool target) {
-    for (int64_t c = begin; c < end; c += lanes) {
-      call->blocks.push_back({c, std::min(lanes, end - c), source, target});
-    }
-  };
-  call->blocks.reserve(call->C / lanes + 2);
-  if (direct_source || direct_target) {
-    cut(0, whole, direct_source, direct_target);
-    cut(whole, call->C, false, false);
-  } else {
-    cut(0, call->C, false, false);
-  }
-  call->block_lanes = 0;
-  for (const Block& block : call->blocks) {
-    call->block_lanes = std::max(call->block_lanes, depthwise_cpu::round_up(block.channels, vector));
-  }
-  call->bands = std::clamp<int64_t>(depthwise_cpu::ceil_div(wanted, std::max<int64_t>(1, call->N * call->block_count())), 1, max_bands);
+ConvShape depthwise_shape(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const ConvShape shape = conv_shape(input, weight, stride, padding, dilation);
+  TORCH_CHECK(shape.C > 0 && shape.R > 0 && shape.S > 0 && shape.K > 0 && shape.K % shape.C == 0 &&
+                  weight.size(1) == 1,
+              "fastseg: expected weight [C * m, 1, R, S] for input [N, C, H, W], but got weight ",
+              weight.sizes(), " and input ", input.sizes());
+  TORCH_CHECK(input.device().is_cpu(), "fastseg: expected CPU tensors, but got ", input.device());
+  return shape;
 }
 
 // Memory that a thread keeps between calls.
 char* thread_scratch(int64_t bytes) {
   struct Free {
-    void operator()(char* p) const { std::free(p); }
+    void operator()(char* memory) const { std::free(memory); }
   };
-  static thread_local std::unique_ptr<char, Free> buffer;
+  static thread_local std::unique_ptr<char, Free> memory;
   static thread_local int64_t size = 0;
   if (size < bytes) {
-    buffer.reset(static_cast<char*>(std::aligned_alloc(64, depthwise_cpu::round_up(bytes, 64))));
-    TORCH_CHECK(buffer != nullptr, "fastseg: could not allocate ", bytes, " bytes of scratch memory");
-    size = bytes;
+    const int64_t rounded = depthwise_cpu::round_up(bytes, 64);
+    memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
+    size = memory == nullptr ? 0 : rounded;
+    TORCH_CHECK(memory != nullptr, "fastseg: could not allocate ", rounded, " bytes of scratch memory");
   }
-  return buffer.get();
+  return memory.get();
 }
 
-void run(const Call& call, Kernel kernel, int64_t scratch_bytes, int64_t items, int64_t work) {
-  // A thread is worth waking for about 10 us of work.
+// `work` in multiply-adds over all items: a thread is not woken for less than a million of them.
+void run(Kernel kernel, const Call& call, int64_t items, int64_t work, int64_t scratch_bytes) {
   const int64_t grain = std::max<int64_t>(1, (items << 20) / std::max<int64_t>(1, work));
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     kernel(call, begin, end, thread_scratch(scratch_bytes));
   });
 }
 
-bool has_runs(const ConvShape& shape, int64_t targets) {
-  static int64_t minrun=env("MINRUN",6);
-  return shape.S == 3 && shape.R <= 3 && shape.stride_w == 1 && targets >= minrun * shape.dilation_w;
-}
+at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                  // [N, C, H, W]
+                                const at::Tensor& weight,                 // [C * m, 1, R, S]
+                                const std::optional<at::Tensor>& bias,    // [C * m]
+                                at::IntArrayRef stride, at::IntArrayRef padding,
+                                at::IntArrayRef dilation, std::string_view activation) {
+  const ConvShape shape = depthwise_shape(input, weight, stride, padding, dilation);
+  const Kernels kernels = kernels_for(input.scalar_type());
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == shape.K &&
+                        bias->scalar_type() == input.scalar_type() && bias->device().is_cpu()),
+              "fastseg: expected bias [", shape.K, "] of dtype ", input.scalar_type(), ", but got ",
+              bias->sizes(), " of dtype ", bias->scalar_type());
+  Call call = depthwise_cpu::plan_forward(shape);
+  call.activation = parse_activation(activation);
 
-at::Tensor depthwise_conv2d_cpu(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, std::string_view activation) {
-  const ConvShape shape = conv_shape(input, weight, stride, padding, dilation);
-  const Activation act = parse_activation(activation);
-  at::Tensor output = at::empty({shape.N, shape.K, shape.P, shape.Q}, input.options().memory_format(conv_memory_format(input, weight)));
+  at::Tensor output = at::empty({shape.N, shape.K, shape.P, shape.Q},
+                                input.options().memory_format(conv_memory_format(input, weight)));
   if (output.numel() == 0) return output;
 
-  const Kernels kernels = kernels_for(input.scalar_type());
-  Call call{};
-  call.N = shape.N;
-  call.C = shape.C;
-  call.multiplier = shape.multiplier();
-  call.R = shape.R;
-  call.S = shape.S;
-  call.rows = depthwise_cpu::output_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
-  call.columns = depthwise_cpu::output_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
-  call.dilation_w = shape.dilation_w;
-  call.walk = {shape.P, std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
-  call.source_row_stride = shape.dilation_h;
-  call.activation = act;
-  call.source = image_of(input, input.const_data_ptr());
-  call.target = image_of(output, output.mutable_data_ptr());
-  call.weight = filter_of(weight, weight.const_data_ptr());
-  if (bias) call.bias = {const_cast<void*>(bias->const_data_ptr()), bias->stride(0), 0, 0};
-  if (has_runs(shape, shape.Q)) call.runs = depthwise_cpu::cut_runs(call.columns, shape.dilation_w);
+  call.source = image_of(input);
+  call.target = image_of(output);
+  call.weight = filter_of(weight);
+  if (bias) call.bias = filter_of(*bias);
   const int64_t item = input.element_size();
-  static int64_t dir=env("DIRECT",1);
-  const bool direct_source = input.stride(1) == 1 && ((!call.runs.empty()&&dir)||dir==2);
-  const bool direct_target = call.multiplier == 1 && output.stride(1) == 1 && act == Activation::kNone && (direct_source || item >= 4);
-  cut_tasks(kernels, item, direct_source, direct_target, &call);
-  run(call, kernels.forward, kernels.scratch_bytes(call), call.tasks(), output.numel() * (shape.R * shape.S + 4));
+  depthwise_cpu::Access access{};
+  access.source = input.stride(1) == 1 && !call.runs.empty();
+  access.target = output.stride(1) == 1 && call.multiplier == 1 &&
+                  call.activation == Activation::kNone && (item >= 4 || access.source);
+  depthwise_cpu::cut_tasks(kernels.vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
+  run(kernels.forward, call, call.tasks(), output.numel() * (shape.R * shape.S + 4),
+      kernels.scratch_bytes(call));
   return output;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, std::array<bool, 3> mask) {
-  const ConvShape shape = conv_shape(input, weight, stride, padding, dilation);
-  at::Tensor grad_input, grad_weight, grad_bias;
-  if (mask[0]) grad_input = at::empty({shape.N, shape.C, shape.H, shape.W}, input.options().memory_format(conv_memory_format(input, weight)));
-  if (mask[1]) grad_weight = at::empty_like(weight);
-  if (mask[2]) grad_bias = at::empty({shape.K}, weight.options());
+    const at::Tensor& grad_output,  // [N, C * m, P, Q]
+    const at::Tensor& input,        // [N, C, H, W]
+    const at::Tensor& weight,       // [C * m, 1, R, S]
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    std::array<bool, 3> output_mask) {
+  const ConvShape shape = depthwise_shape(input, weight, stride, padding, dilation);
   const Kernels kernels = kernels_for(input.scalar_type());
-  Call call{};
-  call.N = shape.N;
-  call.C = shape.C;
-  call.multiplier = shape.multiplier();
-  call.R = shape.R;
-  call.S = shape.S;
-  call.rows = depthwise_cpu::input_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
-  call.columns = depthwise_cpu::input_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
-  call.dilation_w = shape.dilation_w;
-  call.walk = {shape.H, std::min(shape.H, shape.dilation_h)};
-  call.source_row_stride = shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h);
-  call.source = image_of(grad_output, grad_output.const_data_ptr());
-  call.x = image_of(input, input.const_data_ptr());
-  call.weight = filter_of(weight, weight.const_data_ptr());
-  call.needs_grad_x = mask[0];
-  call.needs_grad_weight = mask[1];
-  call.needs_grad_bias = mask[2];
-  if (mask[0]) call.target = image_of(grad_input, grad_input.mutable_data_ptr());
-  if (mask[1]) call.grad_weight = filter_of(grad_weight, grad_weight.mutable_data_ptr());
-  if (mask[2]) call.grad_bias = {grad_bias.mutable_data_ptr(), grad_bias.stride(0), 0, 0};
-  if (call.multiplier == 1 && has_runs(shape, shape.W)) call.runs = depthwise_cpu::cut_runs(call.columns, shape.dilation_w);
+  const std::array<int64_t, 4> output_sizes = {shape.N, shape.K, shape.P, shape.Q};
+  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(output_sizes) &&
+                  grad_output.scalar_type() == input.scalar_type() && grad_output.device().is_cpu(),
+              "fastseg: expected grad_output ", at::IntArrayRef(output_sizes), " of dtype ",
+              input.scalar_type(), ", but got ", grad_output.sizes(), " of dtype ",
+              grad_output.scalar_type());
+
+  at::Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) {
+    grad_input = at::empty(input.sizes(),
+                           input.options().memory_format(conv_memory_format(input, weight)));
+  }
+  if (output_mask[1]) grad_weight = at::empty_like(weight);
+  if (output_mask[2]) grad_bias = at::empty({shape.K}, weight.options());
+  if (input.numel() == 0) {
+    if (output_mask[1]) grad_weight.zero_();
+    if (output_mask[2]) at::sum_out(grad_bias, grad_output, {0, 2, 3});
+    return {grad_input, grad_weight, grad_bias};
+  }
+
+  Call call = depthwise_cpu::plan_backward(shape);
+  call.source = image_of(grad_output);
+  call.x = image_of(input);
+  call.weight = filter_of(weight);
+  call.needs_grad_x = output_mask[0];
+  call.needs_grad_weight = output_mask[1];
+  call.needs_grad_bias = output_mask[2];
+  if (output_mask[0]) call.target = image_of(grad_input);
+  if (output_mask[1]) call.grad_weight = filter_of(grad_weight);
+  if (output_mask[2]) call.grad_bias = filter_of(grad_bias);
   const int64_t item = input.element_size();
-  static int64_t dir=env("DIRECT",1);
-  bool direct_source = call.multiplier == 1 && grad_output.stride(1) == 1 && input.stride(1) == 1 && ((!call.runs.empty()&&dir)||dir==2);
-  bool direct_target = mask[0] && grad_input.stride(1) == 1;
-  if (item < 4) direct_source = direct_target = direct_source && (direct_target || !mask[0]);
-  cut_tasks(kernels, item, direct_source, direct_target, &call);
-  const bool sums = mask[1] || mask[2];
+  depthwise_cpu::Access access{};
+  access.source = grad_output.stride(1) == 1 && !call.runs.empty();
+  access.target = output_mask[0] && grad_input.stride(1) == 1;
+  access.x = input.stride(1) == 1;
+  if (item < 4) {  // 16-bit tensors are used in place by runs, and all or none
+    const bool all = access.source && access.x && (access.target || !output_mask[0]);
+    access = {all, all, all};
+  }
+  depthwise_cpu::cut_tasks(kernels.vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
   at::Tensor partial;
-  if (sums) {
-    partial = at::empty({call.N * call.bands * call.block_count() * call.partial_size()}, input.options().dtype(item == 8 ? at::kDouble : at::kFloat));
+  if (output_mask[1] || output_mask[2]) {
+    partial = at::empty({call.tasks() * call.partial_size()},
+                        input.options().dtype(item == 8 ? at::kDouble : at::kFloat));
     call.partial = partial.mutable_data_ptr();
   }
-  const int64_t work = input.numel() * (shape.R * shape.S * (mask[0] + mask[1]) * call.multiplier + 4);
-  run(call, kernels.backward, kernels.scratch_bytes(call), call.tasks(), work);
-  if (sums) {
-    run(call, kernels.reduce, call.partial_size() * std::max<int64_t>(4, item), call.block_count(), partial.numel());
+
+  const int64_t products = (output_mask[0] + output_mask[1]) * shape.R * shape.S;
+  run(kernels.backward, call, call.tasks(), grad_output.numel() * (products + 4),
+      kernels.scratch_bytes(call));
+  if (partial.defined()) {
+    run(kernels.reduce, call, call.block_count(), partial.numel(),
+        call.partial_size() * partial.element_size());
   }
   return {grad_input, grad_weight, grad_bias};
 }

@@ -161,31 +161,122 @@ struct Block {
   bool direct_source, direct_target, direct_x;
 };
 
-// One call. A task is (image, band of the walk, block of channels); the cut never depends on the
-// number of threads.
+// One call. Tasks are numbered [N][bands][blocks]; the cut never depends on the number of threads.
 struct Call {
   int64_t N, C, multiplier, R, S;
   Axis rows, columns;
-  std::vector<Run> runs;  // empty: segments
+  std::vector<Run> runs;  // empty: tiles
   int64_t dilation_w;
   Walk walk;
-  int64_t source_row_stride;  // distance of the source rows that one target row reads
+  int64_t source_row_stride;  // between the source rows that one target row reads
   int64_t bands;
   std::vector<Block> blocks;
-  int64_t block_lanes;  // of the widest block, rounded up to whole vectors
+  int64_t block_lanes;  // of the widest block, in whole vectors
+  bool prefetch;        // the tensors come from memory, not from the last-level cache
   Activation activation;
   Image source, target;
   Filter weight, bias;
   // Backward only.
   Image x;
   bool needs_grad_x, needs_grad_weight, needs_grad_bias;
-  void* partial;  // [N * bands, blocks, multiplier * (R * S + 1), block_lanes]
+  void* partial;  // [N][bands][blocks][partial_size()], in the accumulation type
   Filter grad_weight, grad_bias;
 
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
   int64_t tasks() const { return N * bands * block_count(); }
+  // A task's sums: of `multiplier` filters, then of as many biases.
   int64_t partial_size() const { return multiplier * (R * S + 1) * block_lanes; }
 };
+
+// Runs pay off when a row holds several positions for every one at its ends.
+inline void choose_runs(const ConvShape& shape, Call* call) {
+  if (shape.S == 3 && shape.R <= 3 && shape.stride_w == 1 &&
+      call->columns.targets >= 6 * shape.dilation_w) {
+    call->runs = cut_runs(call->columns, shape.dilation_w);
+  }
+}
+
+inline Call plan_forward(const ConvShape& shape) {
+  Call call{};
+  call.N = shape.N;
+  call.C = shape.C;
+  call.multiplier = shape.multiplier();
+  call.R = shape.R;
+  call.S = shape.S;
+  call.rows = output_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
+  call.columns =
+      output_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
+  call.dilation_w = shape.dilation_w;
+  call.walk = {shape.P,
+               std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
+  call.source_row_stride = shape.dilation_h;
+  choose_runs(shape, &call);
+  return call;
+}
+
+inline Call plan_backward(const ConvShape& shape) {
+  Call call{};
+  call.N = shape.N;
+  call.C = shape.C;
+  call.multiplier = shape.multiplier();
+  call.R = shape.R;
+  call.S = shape.S;
+  call.rows = input_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
+  call.columns =
+      input_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
+  call.dilation_w = shape.dilation_w;
+  call.walk = {shape.H, std::min(shape.H, shape.dilation_h)};
+  call.source_row_stride = shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h);
+  if (call.multiplier == 1) choose_runs(shape, &call);
+  return call;
+}
+
+// How a call's tensors may be touched: channels-last ones in place.
+struct Access {
+  bool source, target, x;
+};
+
+// Cuts the work into blocks of channels and bands of rows. `vector`: lanes of a vector, `item`: bytes
+// of an element in memory.
+inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
+  const int64_t width = std::max(call->columns.sources, call->columns.targets);
+  const int64_t row_work =
+      call->N * call->C * call->multiplier * call->columns.targets * (call->R * call->S + 4);
+  // 64 tasks, if they are worth it, feed any usual number of threads.
+  const int64_t wanted = std::clamp<int64_t>((row_work * call->walk.rows) >> 18, 1, 64);
+  // Neighbouring bands share R - 1 source rows.
+  const int64_t max_bands = std::max<int64_t>(1, call->walk.rows / (4 * std::max<int64_t>(1, call->R - 1)));
+
+  // Bytes of a pixel that a task reads: enough for whole pages and prefetchers to pay, and more where
+  // the distance of pixels is a power of two, which leaves only a few sets of every cache. The rows
+  // in use have to fit half of a small L2 cache.
+  const bool channels_last = call->source.stride_c == 1;
+  const bool aliased = channels_last && call->source.stride_w * item % 1024 == 0;
+  const bool runs_in_place = access.source && !call->runs.empty();
+  const int64_t pixel = !channels_last ? 128 : !aliased ? 256 : runs_in_place ? 1024 : 512;
+  int64_t lanes = pixel / item;
+  const int64_t cache = (int64_t{512} << 10) / ((call->R + 1) * width * std::max<int64_t>(item, 4));
+  while (lanes * item > 128 && (lanes > cache || lanes >= 2 * call->C ||
+                                call->N * ceil_div(call->C, lanes) * max_bands < wanted)) {
+    lanes /= 2;
+  }
+  lanes = std::max(lanes, vector);
+
+  const int64_t whole = access.source || access.target || access.x ? call->C / vector * vector : 0;
+  call->blocks.reserve(call->C / lanes + 2);
+  for (int64_t c = 0; c < whole; c += lanes) {
+    call->blocks.push_back({c, std::min(lanes, whole - c), access.source, access.target, access.x});
+  }
+  for (int64_t c = whole; c < call->C; c += lanes) {
+    call->blocks.push_back({c, std::min(lanes, call->C - c), false, false, false});
+  }
+  for (const Block& block : call->blocks) {
+    call->block_lanes = std::max(call->block_lanes, round_up(block.channels, vector));
+  }
+  call->bands = std::clamp(ceil_div(wanted, call->N * call->block_count()), int64_t{1}, max_bands);
+  call->prefetch = channels_last && call->N * call->C * call->rows.sources *
+                                            call->columns.sources * item >= (int64_t{8} << 20);
+}
 
 }  // namespace depthwise_cpu
 }  // namespace fastseg

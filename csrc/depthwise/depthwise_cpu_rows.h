@@ -10,17 +10,20 @@ namespace FASTSEG_SIMD {
 
 FASTSEG_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Lanes past the last channel become zero.
+// Lanes past the last channel become zero. The row `ahead` elements on is fetched into the cache.
 template <class S, class A>
 inline void pack_row(const S* row, int64_t stride_c, int64_t stride_w, int64_t channels,
-                     int64_t pixels, A* packed, int64_t lanes) {
+                     int64_t pixels, A* packed, int64_t lanes, int64_t ahead) {
   constexpr int64_t n = kLanes<A>;
   if (stride_c == 1) {
     for (int64_t w = 0; w < pixels; ++w) {
       const S* pixel = row + w * stride_w;
       A* out = packed + w * lanes;
       int64_t c = 0;
-      for (; c + n <= channels; c += n) store(out + c, load(pixel + c));
+      for (; c + n <= channels; c += n) {
+        if (ahead != 0) __builtin_prefetch(pixel + ahead + c);
+        store(out + c, load(pixel + c));
+      }
       if (c < channels) store(out + c, load_first(pixel + c, channels - c));
     }
   } else if (stride_w == 1) {
@@ -114,7 +117,7 @@ inline void pack_filter(const depthwise_cpu::Filter& filter, int64_t begin, int6
   const S* data = static_cast<const S*>(filter.data) + (begin * multiplier + u) * filter.stride_k;
   for (int64_t r = 0; r < R; ++r) {
     pack_row(data + r * filter.stride_r, filter.stride_k * multiplier, filter.stride_s, channels,
-             width, packed + r * width * lanes, lanes);
+             width, packed + r * width * lanes, lanes, 0);
   }
 }
 
@@ -131,29 +134,36 @@ inline void unpack_filter(const A* packed, int64_t lanes, int64_t begin, int64_t
 
 // The rows of one image and block as the kernels read them: in place, or packed on demand into a
 // few slots. The slots are tagged, so the order in which rows are asked for only matters for speed.
-template <class S, class A>
+// Source is S in place and the accumulation type in slots.
+template <class S, class Source>
 struct SourceRows {
+  using A = typename Accumulator<S>::type;
+
   const S* image;
   int64_t stride_c, stride_h, stride_w;
   int64_t channels, lanes, pixels;
   bool direct;
-  A* slots;  // [slot_count][pixels][lanes]
+  A* slots;       // [slot_count][pixels][lanes]
   int64_t* held;  // [slot_count]: the row in each slot, or -1
   int64_t slot_count, row_stride;
+  int64_t ahead;  // elements to the row that will be asked for next, or 0
 
   int64_t pixel_stride() const { return direct ? stride_w : lanes; }
 
-  const A* row(int64_t at) const {
-    if constexpr (std::is_same_v<S, A>) {
+  const Source* row(int64_t at) const {
+    if constexpr (std::is_same_v<S, Source>) {
       if (direct) return image + at * stride_h;
     }
-    const int64_t slot = at / row_stride % slot_count;
-    A* packed = slots + slot * pixels * lanes;
-    if (held[slot] != at) {
-      held[slot] = at;
-      pack_row(image + at * stride_h, stride_c, stride_w, channels, pixels, packed, lanes);
+    if constexpr (std::is_same_v<A, Source>) {
+      const int64_t slot = at / row_stride % slot_count;
+      A* packed = slots + slot * pixels * lanes;
+      if (held[slot] != at) {
+        held[slot] = at;
+        pack_row(image + at * stride_h, stride_c, stride_w, channels, pixels, packed, lanes, ahead);
+      }
+      return packed;
     }
-    return packed;
+    return nullptr;  // 16-bit sources are direct
   }
 };
 

@@ -141,15 +141,7 @@ __global__ void __launch_bounds__(ForwardTraits<T, VEC, TAPS, STRIDE>::kMaxThrea
       for (int i = 0; i < kPrefetch; ++i) fetched[i] = fetch(first_h + i * params.dilation_h);
 
       // sums[i] belongs to output row u - i.
-      Acc sums[kReach][kColumns][VEC];
-#pragma unroll
-      for (int i = 0; i < kReach; ++i) {
-#pragma unroll
-        for (int o = 0; o < kColumns; ++o) {
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) sums[i][o][v] = bias[v];
-        }
-      }
+      Acc sums[kReach][kColumns][VEC] = {};
       T* target = first_output;
       int h = first_h;
 #pragma unroll kReach  // so that sums and rows change roles, not registers
@@ -171,7 +163,9 @@ __global__ void __launch_bounds__(ForwardTraits<T, VEC, TAPS, STRIDE>::kMaxThrea
                   const int s = j - STRIDE * o;
                   if (r >= TAPS || s < 0 || s >= TAPS) continue;
 #pragma unroll
-                  for (int v = 0; v < VEC; ++v) sums[i][o][v] += x[v] * weights[r][s][v];
+                  for (int v = 0; v < VEC; ++v) {
+                    sums[i][o][v] = multiply_add(x[v], weights[r][s][v], sums[i][o][v]);
+                  }
                 }
               }
             }
@@ -182,6 +176,13 @@ __global__ void __launch_bounds__(ForwardTraits<T, VEC, TAPS, STRIDE>::kMaxThrea
         }
 
         if (u >= kReach - 1) {
+          if (params.bias != nullptr) {
+#pragma unroll
+            for (int o = 0; o < kColumns; ++o) {
+#pragma unroll
+              for (int v = 0; v < VEC; ++v) sums[kReach - 1][o][v] += bias[v];
+            }
+          }
           activate(params.activation, sums[kReach - 1]);
 #pragma unroll
           for (int o = 0; o < kColumns; ++o) {
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(ForwardTraits<T, VEC, TAPS, STRIDE>::kMaxThrea
 #pragma unroll
           for (int o = 0; o < kColumns; ++o) {
 #pragma unroll
-            for (int v = 0; v < VEC; ++v) sums[i][o][v] = i == 0 ? bias[v] : sums[i - 1][o][v];
+            for (int v = 0; v < VEC; ++v) sums[i][o][v] = i == 0 ? Acc(0) : sums[i - 1][o][v];
           }
         }
       }

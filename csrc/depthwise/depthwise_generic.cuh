@@ -49,6 +49,11 @@ __device__ __forceinline__ int64_t offset(const Strides4& strides, int64_t n, in
   return n * strides.n + c * strides.c + h * strides.h + w * strides.w;
 }
 
+__device__ __forceinline__ int64_t offset(const FilterStrides& strides, int64_t k, int64_t r,
+                                          int64_t s) {
+  return k * strides.k + r * strides.r + s * strides.s;
+}
+
 // The input row or column that output `p` reads through `tap`; its inverse is output_of.
 __device__ __forceinline__ int64_t input_of(int64_t p, int64_t tap, int64_t stride, int64_t pad,
                                             int64_t dilation) {
@@ -85,9 +90,9 @@ __global__ void __launch_bounds__(kGenericThreads)
       for (int64_t s = 0; s < shape.S; ++s) {
         const int64_t w = input_of(at.w, s, shape.stride_w, shape.pad_left, shape.dilation_w);
         if (w < 0 || w >= shape.W) continue;
-        acc[0][0] += widen(input[offset(args.input_strides, at.n, at.c / multiplier, h, w)]) *
-                     widen(weight[at.c * args.weight_strides.k + r * args.weight_strides.r +
-                                  s * args.weight_strides.s]);
+        const Acc x = widen(input[offset(args.input_strides, at.n, at.c / multiplier, h, w)]);
+        acc[0][0] =
+            multiply_add(x, widen(weight[offset(args.weight_strides, at.c, r, s)]), acc[0][0]);
       }
     }
     activate(args.activation, acc);
@@ -119,9 +124,8 @@ __global__ void __launch_bounds__(kGenericThreads)
         const int64_t q = output_of(at.w, s, shape.stride_w, shape.pad_left, shape.dilation_w);
         if (q < 0 || q >= shape.Q) continue;
         for (int64_t k = at.c * multiplier; k < (at.c + 1) * multiplier; ++k) {
-          acc += widen(grad_output[offset(args.grad_output_strides, at.n, k, p, q)]) *
-                 widen(weight[k * args.weight_strides.k + r * args.weight_strides.r +
-                              s * args.weight_strides.s]);
+          const Acc grad_y = widen(grad_output[offset(args.grad_output_strides, at.n, k, p, q)]);
+          acc = multiply_add(grad_y, widen(weight[offset(args.weight_strides, k, r, s)]), acc);
         }
       }
     }
@@ -171,7 +175,8 @@ __global__ void __launch_bounds__(kGenericThreads)
         if (h < 0 || h >= shape.H || w < 0 || w >= shape.W) continue;
         x = widen(input[offset(args.input_strides, n, k / multiplier, h, w)]);
       }
-      acc[0] += x * widen(grad_output[offset(args.grad_output_strides, n, k, p, q)]);
+      const Acc grad_y = widen(grad_output[offset(args.grad_output_strides, n, k, p, q)]);
+      acc[0] = multiply_add(grad_y, x, acc[0]);
     }
     block_sum(acc, reinterpret_cast<Acc*>(shared), group, plan.groups, lane, plan.lanes);
     if (group == 0 && k < shape.K) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import triton
@@ -49,9 +49,10 @@ def first_live_tap(i_in, TAPS: tl.constexpr, STEP: tl.constexpr, STRIDE: tl.cons
     With a stride not every tap has an output that meets `i_in`: those that do are STEP = stride / gcd(stride, dilation)
     apart, and they are the same for every input position of one residue class modulo the stride.
     """
+    CANDIDATES: tl.constexpr = STEP if STEP < TAPS else TAPS
     i_tap = i_in * 0 + TAPS
-    for i in tl.static_range(STEP):
-        i_candidate = STEP - 1 - i
+    for i in tl.static_range(CANDIDATES):
+        i_candidate = CANDIDATES - 1 - i
         is_live = (i_in + i_pad - i_candidate * i_dilation) % STRIDE == 0
         i_tap = tl.where(is_live, i_candidate, i_tap)
     return i_tap
@@ -145,25 +146,36 @@ class ConvShape(NamedTuple):
 
 def conv_shape(input, weight, stride, padding, dilation) -> ConvShape:
     """Check what guards memory, and collect the sizes. The public functions have raised PyTorch's own errors before."""
-    check(input.dim() == 4 and weight.dim() == 4, "4-D input and weight", f"{input.dim()}-D and {weight.dim()}-D")
-    check(
-        input.dtype in DTYPES and weight.dtype == input.dtype and weight.device == input.device,
-        "float16, bfloat16 or float32 input and weight of one dtype and device",
-        f"{input.dtype} on {input.device} and {weight.dtype} on {weight.device}",
-    )
-    check(
-        min(*stride, *dilation) > 0 and min(padding) >= 0 and (len(stride), len(padding), len(dilation)) == (2, 4, 2),
-        "2 positive strides, 4 non-negative paddings and 2 positive dilations",
-        f"stride {list(stride)}, padding {list(padding)}, dilation {list(dilation)}",
-    )
+    if input.dim() != 4 or weight.dim() != 4:
+        fail("4-D input and weight", f"{input.dim()}-D and {weight.dim()}-D")
+    if input.dtype not in DTYPES or weight.dtype != input.dtype or weight.device != input.device:
+        fail(
+            "float16, bfloat16 or float32 input and weight of one dtype and device",
+            f"{input.dtype} on {input.device} and {weight.dtype} on {weight.device}",
+        )
+    if (len(stride), len(padding), len(dilation)) != (2, 4, 2) or min(*stride, *dilation) < 1 or min(padding) < 0:
+        fail(
+            "2 positive strides, 4 non-negative paddings and 2 positive dilations",
+            f"stride {list(stride)}, padding {list(padding)}, dilation {list(dilation)}",
+        )
     P, Q = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    check(P > 0 and Q > 0, "a kernel no larger than the padded input", f"an output of {P} x {Q}")
+    if P < 1 or Q < 1:
+        fail("a kernel no larger than the padded input", f"an output of {P} x {Q}")
     K, _, R, S = weight.shape
     return ConvShape(*input.shape, K, P, Q, R, S, *stride, padding[0], padding[2], *dilation)
 
 
-def check(condition: bool, wanted: str, got: str) -> None:
-    torch._check(condition, lambda: f"fastseg: expected {wanted}, but got {got}")
+def check_like(name: str, tensor, size: tuple[int, ...], like) -> None:
+    """Raise unless `tensor` has this size, and the dtype and device of `like`."""
+    if tensor.shape != size or tensor.dtype != like.dtype or tensor.device != like.device:
+        fail(
+            f"{name} of shape {list(size)}, {like.dtype} on {like.device}",
+            f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}",
+        )
+
+
+def fail(wanted: str, got: str) -> NoReturn:
+    raise RuntimeError(f"fastseg: expected {wanted}, but got {got}")
 
 
 def can_run(device_type: str, dtype: torch.dtype) -> str | None:

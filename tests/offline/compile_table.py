@@ -216,16 +216,14 @@ def nvcc_compiler() -> str | None:
 
 def nvcc_rows(source: Path, target: str) -> Table:
     """The rows of one .cu file: one for each kernel it instantiates. Runs in a worker process."""
-    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
-
     from csrc.cuda_toolkit import find_toolkit
 
     toolkit = find_toolkit()
     includes = [f"-I{folder}" for folder in (ROOT, *toolkit.include_dirs)]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = [toolkit.nvcc, "-cubin", f"-arch={target}", "-O3", "-std=c++17", *COMMON_NVCC_FLAGS, *includes]
-        subprocess.run([*command, "-o", cubin, source], check=True)
+        command = [toolkit.nvcc, "-cubin", f"-arch={target}", "-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+        subprocess.run([*command, *includes, "-o", cubin, source], check=True)
         resources = cubin_resources(cubin)
     compiler = nvcc_compiler()
     names = [f"{name} [{source.relative_to(ROOT)}]" for name in demangled(resources)]

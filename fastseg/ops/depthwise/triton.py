@@ -27,34 +27,43 @@ tile a tap, walks over many row tiles, and reduces in two fixed stages: no atomi
 Row addresses are 64-bit scalars. Offsets inside a tile have 32 bits unless IS_INDEX_64, which the host sets from the
 sizes.
 
-The file is long because the three kernels are siblings, to be read side by side: a diff of two shows the mathematics.
+The three kernels are siblings, to be read side by side: a diff of two shows the mathematics. Which tile shape each gets
+is triton_plan.py's business.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from fastseg.ops.depthwise.triton_plan import (
+    CONFIGS,
+    REDUCE_BLOCK_K,
+    REDUCE_BLOCK_SPLITS,
+    Config,
+    Layout,
+    cdiv,
+    plan_forward,
+    plan_grad_input,
+    plan_grad_weight,
+)
 from fastseg.ops.geometry import conv_memory_format, empty_output
 from fastseg.ops.triton_common import (
     ConvShape,
     activate,
     can_run,
-    check,
+    check_like,
     coalesced,
     conv_shape,
+    fail,
     first_live_tap,
     group_size,
     in_groups,
     input_index,
     is_inside,
-    is_interpreted,
     launch,
     load_tile,
     needs_index_64,
@@ -148,7 +157,7 @@ def depthwise_forward(
                 acc = rows
 
     if HAS_BIAS:
-        b_bias = load_tile(p_bias, o_k, m_k, GROUP)  # [channels of the tile]
+        b_bias = load_tile(p_bias, o_k, m_k, 1)  # [channels of the tile]; a slice may lie at any address
     for i in tl.static_range(BLOCK_P):
         b_y = acc[i]  # [tile]
         if HAS_BIAS:
@@ -343,60 +352,6 @@ def depthwise_grad_weight_reduce(
         tl.store(p_gbias + o_k, b_sum.to(p_gbias.dtype.element_ty), mask=m_k & (i_tap == R * S))  # [BLOCK_K]
 
 
-class Config(NamedTuple):
-    """A tile shape, and the warps that work on it."""
-
-    BLOCK_P: int
-    BLOCK_Q: int
-    BLOCK_C: int
-    num_warps: int
-
-    @property
-    def elements_per_thread(self) -> int:
-        return self.BLOCK_Q * self.BLOCK_C // (32 * self.num_warps)
-
-
-# choose_config takes the cheapest for a problem. Tiles are wide in channels for many channels, in columns for few; low
-# walks serve phases of few rows, as large dilations have, and small problems. A thread owns 8 neighbouring elements of
-# a tile (one 16-byte load of 16-bit data), or 4 where registers are short or wider tiles would hang over the edge. A
-# tile has fewer channels than threads: only then does the compiler load weights straight into the tile's layout.
-CONFIGS = (
-    Config(8, 16, 64, 4),
-    Config(4, 16, 64, 4),
-    Config(4, 32, 32, 4),
-    Config(4, 64, 16, 4),
-    Config(4, 8, 64, 4),
-    Config(4, 16, 32, 4),
-    Config(4, 64, 8, 4),
-    Config(2, 16, 64, 4),
-    Config(2, 64, 16, 4),
-    Config(2, 8, 64, 4),
-    Config(2, 64, 8, 4),
-    Config(1, 16, 64, 4),
-    Config(1, 64, 16, 4),
-)
-
-MAX_BLOCK_R = 8  # filter rows held at once; taller filters take several turns
-MAX_UNROLLED_S = 3  # wider filters loop over their columns
-# Elements that a thread may hold at once, without and with spills in sight: sums, and weights or output gradients. They
-# are fewer where each element takes an address and a predicate of its own (GROUP == 1).
-MAX_HELD = {"grouped": 100, "single": 72}
-MAX_HELD_GRAD_WEIGHT = {"grouped": 136, "single": 72}
-# ptxas spills a register or two where that fits one more block on a multiprocessor. Large filters are bound by
-# arithmetic and gain nothing from it.
-NO_SPILLS = {"maxnreg": 255}
-# Programs of the weight gradient: enough to fill a large GPU, few enough to keep the second stage small. The number
-# does not depend on the device, so neither do the sums.
-TARGET_PROGRAMS = 1024
-# Fewer programs than this leave a large GPU partly idle. The interpreter runs one after the other.
-MIN_PROGRAMS = 1 if is_interpreted() else 512
-# Tile of the weight gradient's second stage: many splits at once, for each turn waits for memory.
-REDUCE_BLOCK_SPLITS, REDUCE_BLOCK_K = 128, 32
-# What a tile costs besides its elements, in elements: address and mask of each group (counted in compiled code), and of
-# each contiguous line one more access and the parts of sectors that it touches and does not need (estimated).
-ADDRESS_COST = 4
-LINE_COST = 32
-
 _forced: Config | None = None
 
 
@@ -409,68 +364,6 @@ def forced_config(config: Config):
         yield
     finally:
         _forced = previous
-
-
-class Walks(NamedTuple):
-    """The walks of a problem: in each of `images` images, `phases` phases of up to `rows` rows, `phases` rows apart.
-
-    The columns of a row fall into `classes` residue classes of up to `columns` columns.
-    """
-
-    images: int
-    phases: int
-    rows: int
-    columns: int
-    classes: int = 1
-
-    def tiles(self, config: Config) -> int:
-        """Row tiles of one phase."""
-        return _cdiv(self.rows, config.BLOCK_P)
-
-    def count(self, config: Config) -> int:
-        blocks = self.classes * _cdiv(self.columns, config.BLOCK_Q)
-        return self.images * self.phases * self.tiles(config) * blocks
-
-
-def output_walks(shape: ConvShape) -> Walks:
-    """Output rows whose input rows lie a multiple of the dilation apart."""
-    period = shape.dilation_h // math.gcd(shape.stride_h, shape.dilation_h)
-    return Walks(shape.N, min(period, shape.P), _cdiv(shape.P, period), shape.Q)
-
-
-def input_walks(shape: ConvShape) -> Walks:
-    """Input rows that meet the same filter taps, and whose output rows lie a multiple of the dilation apart."""
-    period = math.lcm(shape.stride_h, shape.dilation_h)
-    columns = _cdiv(shape.W, shape.stride_w)
-    return Walks(shape.N, min(period, shape.H), _cdiv(shape.H, period), columns, shape.stride_w)
-
-
-class Tiling(NamedTuple):
-    """What a configuration costs a kernel: tiles loaded for one walk, and tiles held in registers at once."""
-
-    loads: Callable[[Config], int]
-    held: Callable[[Config], int]
-    max_held: dict[str, int] = MAX_HELD
-
-
-def choose_config(walks: Walks, channels: int, layout: dict, tiling: Tiling) -> Config:
-    """The first of the cheapest configurations that fit the registers.
-
-    A tile costs what it takes to load it, edges included. Too few programs cost as much as just enough.
-    """
-    if _forced is not None:
-        return _forced
-
-    def cost(config: Config) -> int:
-        elements = config.elements_per_thread
-        addresses = _cdiv(elements, layout["GROUP"])
-        lines = config.BLOCK_Q if layout["IS_CHANNELS_LAST"] else config.BLOCK_C
-        tile = 32 * config.num_warps * (elements + ADDRESS_COST * addresses) + LINE_COST * lines
-        programs = walks.count(config) * _cdiv(channels, config.BLOCK_C)
-        return max(programs, MIN_PROGRAMS) * tiling.loads(config) * tile
-
-    limit = tiling.max_held["grouped" if layout["GROUP"] > 1 else "single"]
-    return min((c for c in CONFIGS if c.elements_per_thread * tiling.held(c) <= limit), key=cost)
 
 
 def forward(input, weight, bias, stride, padding, dilation, activation):
@@ -489,37 +382,25 @@ def forward(input, weight, bias, stride, padding, dilation, activation):
     """
     shape = _depthwise_shape(input, weight, stride, padding, dilation)
     if bias is not None:
-        _check_tensor("bias", bias, (shape.K,), input)
+        check_like("bias", bias, (shape.K,), input)
     with on_device(input):
         output = empty_output(input, weight, (shape.P, shape.Q))
         if output.numel() == 0:
             return output
         memory_format = conv_memory_format(input, weight)
         x = coalesced(input, memory_format)
-        layout = _layout(shape, memory_format, x, output)
-        walks, jump = output_walks(shape), _jump(shape)
-        block_r = _balanced_block(shape.R, MAX_BLOCK_R)
-        tiling = Tiling(
-            loads=lambda c: ((c.BLOCK_P - 1) * jump + shape.R) * shape.S,
-            held=lambda c: c.BLOCK_P + block_r,
-        )
-        config = choose_config(walks, shape.K, layout, tiling)
+        plan = plan_forward(shape, _layout(shape, memory_format, x, output), _forced)
         launch(
             depthwise_forward,
-            walks.count(config) * _cdiv(shape.K, config.BLOCK_C),
+            plan.programs,
             p_x=x,
             p_taps=_filter_taps(weight),
             p_bias=None if bias is None else bias.contiguous(),
             p_y=output,
-            **_sizes(shape, walks, config),
-            **_strides("x", x, "nchw"),
-            **_strides("y", output, "nkpq"),
-            JUMP=jump,
-            BLOCK_R=block_r,
-            UNROLL_S=_unroll(shape.S),
+            **_strides("s_xn s_xc s_xh s_xw", x),
+            **_strides("s_yn s_yk s_yp s_yq", output),
             ACTIVATION=activation,
-            **layout,
-            **(NO_SPILLS if shape.R > MAX_BLOCK_R else {}),
+            **plan.arguments,
         )
     return output
 
@@ -536,7 +417,7 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
         grad_input in the memory format of `forward`'s output, grad_weight with the strides of `weight`, and grad_bias.
     """
     shape = _depthwise_shape(input, weight, stride, padding, dilation)
-    _check_tensor("grad_output", grad_output, (shape.N, shape.K, shape.P, shape.Q), input)
+    check_like("grad_output", grad_output, (shape.N, shape.K, shape.P, shape.Q), input)
     with on_device(input):
         grad_input = empty_output(input, weight, input.shape[2:], shape.C) if output_mask[0] else None
         grad_weight = torch.empty_like(weight) if output_mask[1] else None
@@ -555,77 +436,37 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
 
 
 def _launch_grad_input(shape: ConvShape, gy, weight, grad_input, memory_format) -> None:
-    walks = input_walks(shape)
-    step_r = shape.stride_h // math.gcd(shape.stride_h, shape.dilation_h)
-    step_s = shape.stride_w // math.gcd(shape.stride_w, shape.dilation_w)
-    live_r, live_s = _cdiv(shape.R, step_r), _cdiv(shape.S, step_s)
-    block_r = _balanced_block(live_r, MAX_BLOCK_R)
-    layout = _layout(shape, memory_format, gy, grad_input)
-    tiling = Tiling(loads=lambda c: (c.BLOCK_P - 1 + live_r) * live_s, held=lambda c: c.BLOCK_P + block_r)
-    config = choose_config(walks, shape.C, layout, tiling)
+    plan = plan_grad_input(shape, _layout(shape, memory_format, gy, grad_input), _forced)
     launch(
         depthwise_grad_input,
-        walks.count(config) * _cdiv(shape.C, config.BLOCK_C),
+        plan.programs,
         p_gy=gy,
         p_taps=_filter_taps(weight),
         p_gx=grad_input,
-        C=shape.C,
-        **_sizes(shape, walks, config),
-        **_strides("gy", gy, "nkpq"),
-        **_strides("gx", grad_input, "nchw"),
-        STEP_R=step_r,
-        STEP_S=step_s,
-        BLOCK_R=block_r,
-        UNROLL_S=_unroll(live_s),
-        **layout,
-        **(NO_SPILLS if live_r > MAX_BLOCK_R else {}),
+        **_strides("s_gyn s_gyk s_gyp s_gyq", gy),
+        **_strides("s_gxn s_gxc s_gxh s_gxw", grad_input),
+        **plan.arguments,
     )
 
 
 def _launch_grad_weight(shape: ConvShape, gy, x, grad_weight, grad_bias, memory_format) -> None:
-    walks, jump = output_walks(shape), _jump(shape)
-    layout = _layout(shape, memory_format, gy, x)
-    block_r = _balanced_block(shape.R, MAX_BLOCK_R)
-    max_held = MAX_HELD_GRAD_WEIGHT["grouped" if layout["GROUP"] > 1 else "single"]
-
-    def block_s(c: Config) -> int:
-        columns = (max_held // c.elements_per_thread - c.BLOCK_P) // block_r
-        return _balanced_block(shape.S, max(1, columns))
-
-    def tap_blocks(c: Config) -> int:
-        return _cdiv(shape.R, block_r) * _cdiv(shape.S, block_s(c))
-
-    tiling = Tiling(
-        loads=lambda c: tap_blocks(c) * (c.BLOCK_P + ((c.BLOCK_P - 1) * jump + block_r) * block_s(c)),
-        held=lambda c: c.BLOCK_P + block_r * block_s(c),
-        max_held=MAX_HELD_GRAD_WEIGHT,
-    )
-    config = choose_config(walks, shape.K, layout, tiling)
-    n_walks = walks.count(config)
-    n_blocks = _cdiv(shape.K, config.BLOCK_C) * tap_blocks(config)
-    n_splits = min(n_walks, _cdiv(TARGET_PROGRAMS, n_blocks))
+    plan = plan_grad_weight(shape, _layout(shape, memory_format, gy, x), _forced)
+    n_splits = plan.arguments["n_splits"]
     partials = gy.new_empty((n_splits, shape.R * shape.S + 1, shape.K), dtype=torch.float32)
     launch(
         depthwise_grad_weight,
-        n_blocks * n_splits,
+        plan.programs,
         p_gy=gy,
         p_x=x,
         p_partials=partials,
         p_bias_partials=None if grad_bias is None else partials[:, -1],
-        **_sizes(shape, walks, config),
-        n_walks=n_walks,
-        n_splits=n_splits,
-        **_strides("gy", gy, "nkpq"),
-        **_strides("x", x, "nchw"),
-        JUMP=jump,
-        BLOCK_R=block_r,
-        BLOCK_S=block_s(config),
-        **layout,
-        **(NO_SPILLS if shape.R * shape.S > 9 else {}),
+        **_strides("s_gyn s_gyk s_gyp s_gyq", gy),
+        **_strides("s_xn s_xc s_xh s_xw", x),
+        **plan.arguments,
     )
     launch(
         depthwise_grad_weight_reduce,
-        _cdiv(shape.K, REDUCE_BLOCK_K) * (shape.R * shape.S + (grad_bias is not None)),
+        cdiv(shape.K, REDUCE_BLOCK_K) * (shape.R * shape.S + (grad_bias is not None)),
         p_partials=partials,
         p_gw=grad_weight,
         p_gbias=grad_bias,
@@ -644,20 +485,9 @@ def _launch_grad_weight(shape: ConvShape, gy, x, grad_weight, grad_bias, memory_
 
 def _depthwise_shape(input, weight, stride, padding, dilation) -> ConvShape:
     shape = conv_shape(input, weight, stride, padding, dilation)
-    check(
-        weight.shape[1] == 1 and shape.C > 0 and shape.K % shape.C == 0,
-        "weight [C * m, 1, R, S]",
-        f"{list(weight.shape)} for {shape.C} channels",
-    )
+    if weight.shape[1] != 1 or shape.C == 0 or shape.K % shape.C != 0:
+        fail("weight [C * m, 1, R, S]", f"{list(weight.shape)} for {shape.C} channels")
     return shape
-
-
-def _check_tensor(name: str, tensor, size: tuple[int, ...], like) -> None:
-    check(
-        tensor.shape == size and tensor.dtype == like.dtype and tensor.device == like.device,
-        f"{name} of shape {list(size)}, {like.dtype} on {like.device}",
-        f"{list(tensor.shape)}, {tensor.dtype} on {tensor.device}",
-    )
 
 
 def _filter_taps(weight):
@@ -666,52 +496,19 @@ def _filter_taps(weight):
     return torch.empty(taps.shape, dtype=torch.float32, device=weight.device).copy_(taps)
 
 
-def _jump(shape: ConvShape) -> int:
-    return shape.stride_h // math.gcd(shape.stride_h, shape.dilation_h)
-
-
-def _unroll(taps: int) -> int:
-    return taps if taps <= MAX_UNROLLED_S else 1
-
-
-def _balanced_block(size: int, largest: int) -> int:
-    """The smallest block with which `size` takes as few turns as with blocks of `largest`."""
-    return _cdiv(size, _cdiv(size, largest))
-
-
-# fmt: off
-def _sizes(shape: ConvShape, walks: Walks, config: Config) -> dict[str, int]:
-    """The arguments that follow from the problem and the tile shape alone."""
-    return {
-        "K": shape.K, "H": shape.H, "W": shape.W, "P": shape.P, "Q": shape.Q, "R": shape.R, "S": shape.S,
-        "multiplier": shape.K // shape.C,
-        "STRIDE_H": shape.stride_h, "STRIDE_W": shape.stride_w,
-        "pad_h": shape.pad_top, "pad_w": shape.pad_left,
-        "dilation_h": shape.dilation_h, "dilation_w": shape.dilation_w,
-        "n_phases": walks.phases, "n_tiles": walks.tiles(config),
-        **config._asdict(),
-    }
-# fmt: on
-
-
-def _strides(name: str, tensor, axes: str) -> dict[str, int]:
-    return {f"s_{name}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
-
-
-def _layout(shape: ConvShape, memory_format, *tensors) -> dict[str, int | bool]:
-    """The compile-time flags that the tensors' strides and sizes decide."""
+def _layout(shape: ConvShape, memory_format, *tensors) -> Layout:
     is_channels_last = memory_format == torch.channels_last
     is_grouped = is_channels_last and shape.K == shape.C  # k // m breaks groups up
     # A row, a column or an offset inside a row may leave 32 bits; tiles reach beyond the image by less than 15 images.
     offsets = [(t.shape[1] - 1) * t.stride(1) + (t.shape[3] - 1) * t.stride(3) for t in tensors]
     rows = shape.H + shape.P * shape.stride_h + shape.pad_top + (shape.R + shape.stride_h) * shape.dilation_h
     columns = shape.W + shape.Q * shape.stride_w + shape.pad_left + (shape.S + shape.stride_w) * shape.dilation_w
-    return {
-        "GROUP": group_size(shape.K, *tensors) if is_grouped else 1,
-        "IS_CHANNELS_LAST": is_channels_last,
-        "IS_INDEX_64": needs_index_64(*offsets, 16 * rows, 16 * columns, shape.R * shape.S * shape.K),
-    }
+    return Layout(
+        GROUP=group_size(shape.K, *tensors) if is_grouped else 1,
+        IS_CHANNELS_LAST=is_channels_last,
+        IS_INDEX_64=needs_index_64(*offsets, 16 * rows, 16 * columns, shape.R * shape.S * shape.K),
+    )
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def _strides(names: str, tensor) -> dict[str, int]:
+    return dict(zip(names.split(), tensor.stride(), strict=True))

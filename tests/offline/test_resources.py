@@ -1,0 +1,67 @@
+"""Every kernel variant compiles without a GPU, spills nothing, and takes no more than resources.csv says it did."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.offline.compile_table import (
+    REGENERATE,
+    TABLE,
+    Key,
+    Table,
+    compile_everything,
+    cuda_sources,
+    nvcc_compiler,
+    read_table,
+    triton_compiler,
+)
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") == "1", reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled"
+)
+
+COMMITTED = read_table()
+COMPILERS = {"triton": triton_compiler(), "nvcc": nvcc_compiler()}
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Table:
+    return compile_everything()
+
+
+def rows_of(compiled: Table, name: str) -> Table:
+    """What the compiler called `name` made; skips where it made nothing."""
+    if COMPILERS[name] is None:
+        pytest.skip("no nvcc found: the CUDA C++ kernels were not compiled")
+    if name == "nvcc" and not cuda_sources():
+        pytest.skip("there is no .cu file")
+    return {key: row for key, row in compiled.items() if key.compiler == COMPILERS[name]}
+
+
+@pytest.mark.parametrize("key", sorted(COMMITTED), ids=" ".join)
+def test_resources_do_not_grow(compiled, key: Key):
+    if key.compiler not in COMPILERS.values():
+        pytest.skip(f"{key.compiler} is not installed; installed: {COMPILERS}")
+    assert key in compiled, f"no longer compiled: drop the row with `{REGENERATE}`"
+    now, committed = compiled[key], COMMITTED[key]
+    grown = [name for name in ("registers", "shared") if getattr(now, name) > getattr(committed, name)]
+    assert not grown, f"now {now}, committed {committed}: make {grown} smaller, or accept it with `{REGENERATE}`"
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_table_is_complete(compiled, name: str):
+    rows = rows_of(compiled, name)
+    if not any(key.compiler == COMPILERS[name] for key in COMMITTED):
+        pytest.skip(f"{TABLE.name} has no rows of {COMPILERS[name]}: add them with `{REGENERATE}`")
+    missing = [" ".join(key) for key in rows if key not in COMMITTED]
+    assert not missing, f"not in {TABLE.name}: add them with `{REGENERATE}`\n" + "\n".join(missing)
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_nothing_spills(compiled, name: str):
+    spilled = [f"{' '.join(key)}: {row}" for key, row in rows_of(compiled, name).items() if row.stack]
+    assert not spilled, "stack means spilled registers (or an array indexed at run time):\n" + "\n".join(spilled)
