@@ -38,7 +38,8 @@ def run(settings: Settings, say: Callable[[str], None], keep: Callable[[dict], N
     """Run everything in `settings`; `say` shows progress, `keep` is given the record after each step."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.backends.cudnn.benchmark = True
+    if settings.device == "cuda":
+        torch.backends.cudnn.benchmark = True  # native gets its own choice of kernels
     end = time.perf_counter() + settings.budget
     found = record.start(asdict(settings))
     say(table.machine_line(found))

@@ -45,16 +45,18 @@
 #endif
 
 #if defined(__clang__)
-#define FASTSEG_TARGET_AVX512                                                                   \
-  _Pragma(                                                                                      \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c\"))), apply_to = function)")
+#define FASTSEG_TARGET_AVX512                                                                \
+  _Pragma(                                                                                   \
+      "clang attribute "                                                                     \
+      "push(__attribute__((target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c\"))), " \
+      "apply_to = function)")
 #define FASTSEG_TARGET_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
 #define FASTSEG_TARGET_END _Pragma("clang attribute pop")
 #else
-#define FASTSEG_TARGET_AVX512   \
-  _Pragma("GCC push_options")   \
-  _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
+#define FASTSEG_TARGET_AVX512          \
+  _Pragma("GCC push_options") _Pragma( \
+      "GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
 #define FASTSEG_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
 #define FASTSEG_TARGET_END _Pragma("GCC pop_options")
 #endif
@@ -67,8 +69,8 @@
 #define FASTSEG_INLINE inline __attribute__((always_inline))
 #define FASTSEG_NOINLINE __attribute__((noinline))
 
-// The compiler may assume nothing about this pointer's value. Without it GCC turns a walking pointer
-// back into one address per step, and has no registers for them.
+// The compiler may assume nothing about this pointer's value. Without it GCC turns a walking
+// pointer back into one address per step, and has no registers for them.
 #define FASTSEG_OPAQUE(pointer) asm("" : "+r"(pointer))
 
 namespace fastseg {
@@ -230,11 +232,11 @@ FASTSEG_INLINE Vector<double> load(const double* p) {
 FASTSEG_INLINE void store(float* p, Vector<float> v) { std::memcpy(p, &v, sizeof(v)); }
 FASTSEG_INLINE void store(double* p, Vector<double> v) { std::memcpy(p, &v, sizeof(v)); }
 
-
 #if FASTSEG_SIMD_BYTES == 64
 
 FASTSEG_INLINE Vector<float> widen_bits(__m256i bits, BFloat16*) {
-  return bit_cast<Vector<float>>(bit_cast<Vector<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits)) << 16);
+  return bit_cast<Vector<float>>(
+      bit_cast<Vector<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits)) << 16);
 }
 FASTSEG_INLINE Vector<float> widen_bits(__m256i bits, Half*) {
   return bit_cast<Vector<float>>(_mm512_maskz_cvtph_ps(0xffff, bits));
@@ -254,7 +256,8 @@ FASTSEG_INLINE __m256i narrow_bits(Vector<float> v, Half*) {
 
 template <class T, std::enable_if_t<sizeof(T) == 2, int> = 0>
 FASTSEG_INLINE Vector<float> load(const T* p) {
-  return widen_bits(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), static_cast<T*>(nullptr));
+  return widen_bits(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                    static_cast<T*>(nullptr));
 }
 template <class T, std::enable_if_t<sizeof(T) == 2, int> = 0>
 FASTSEG_INLINE void store(T* p, Vector<float> v) {
@@ -369,7 +372,8 @@ FASTSEG_INLINE void transpose(Vector<T>* rows) {
 
 // exp to about one unit in the last place, by 2^n * p(r) with |r| <= ln(2) / 2.
 FASTSEG_INLINE Vector<float> exp(Vector<float> x) {
-  const Vector<float> clamped = x > 89.0f ? broadcast(89.0f) : (x < -104.0f ? broadcast(-104.0f) : x);
+  const Vector<float> clamped =
+      x > 89.0f ? broadcast(89.0f) : (x < -104.0f ? broadcast(-104.0f) : x);
   const Vector<float> shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds
   const Vector<float> n = shifted - 12582912.0f;
   const Vector<float> r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;

@@ -61,7 +61,8 @@ template <class S>
 Kernels kernels_of() {
 #if FASTSEG_SIMD_X86
   if (capability() == Capability::kAvx512) {
-    return {64, avx512::forward<S>, avx512::backward<S>, avx512::reduce<S>, avx512::scratch_bytes<S>};
+    return {64, avx512::forward<S>, avx512::backward<S>, avx512::reduce<S>,
+            avx512::scratch_bytes<S>};
   }
   if (capability() == Capability::kAvx2) {
     return {32, avx2::forward<S>, avx2::backward<S>, avx2::reduce<S>, avx2::scratch_bytes<S>};
@@ -118,7 +119,8 @@ char* thread_scratch(int64_t bytes) {
     const int64_t rounded = depthwise_cpu::round_up(bytes, 64);
     memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
     size = memory == nullptr ? 0 : rounded;
-    TORCH_CHECK(memory != nullptr, "fastseg: could not allocate ", rounded, " bytes of scratch memory");
+    TORCH_CHECK(memory != nullptr, "fastseg: could not allocate ", rounded,
+                " bytes of scratch memory");
   }
   return memory.get();
 }
@@ -131,9 +133,9 @@ void run(Kernel kernel, const Call& call, int64_t items, int64_t work, int64_t s
   });
 }
 
-at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                  // [N, C, H, W]
-                                const at::Tensor& weight,                 // [C * m, 1, R, S]
-                                const std::optional<at::Tensor>& bias,    // [C * m]
+at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                // [N, C, H, W]
+                                const at::Tensor& weight,               // [C * m, 1, R, S]
+                                const std::optional<at::Tensor>& bias,  // [C * m]
                                 at::IntArrayRef stride, at::IntArrayRef padding,
                                 at::IntArrayRef dilation, std::string_view activation) {
   const ConvShape shape = depthwise_shape(input, weight, stride, padding, dilation);
@@ -142,7 +144,8 @@ at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                  // [N,
                         bias->scalar_type() == input.scalar_type() && bias->device().is_cpu()),
               "fastseg: expected bias [", shape.K, "] of dtype ", input.scalar_type(), ", but got ",
               bias->sizes(), " of dtype ", bias->scalar_type());
-  Call call = depthwise_cpu::plan_forward(shape);
+  const int64_t item = input.element_size();
+  Call call = depthwise_cpu::plan_forward(shape, item);
   call.activation = parse_activation(activation);
 
   at::Tensor output = at::empty({shape.N, shape.K, shape.P, shape.Q},
@@ -153,9 +156,8 @@ at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                  // [N,
   call.target = image_of(output);
   call.weight = filter_of(weight);
   if (bias) call.bias = filter_of(*bias);
-  const int64_t item = input.element_size();
   depthwise_cpu::Access access{};
-  access.source = input.stride(1) == 1 && !call.runs.empty();
+  access.source = input.stride(1) == 1 && (!call.runs.empty() || call.tiles_in_place);
   access.target = output.stride(1) == 1 && call.multiplier == 1 &&
                   call.activation == Activation::kNone && (item >= 4 || access.source);
   depthwise_cpu::cut_tasks(kernels.vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
@@ -181,8 +183,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
 
   at::Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) {
-    grad_input = at::empty(input.sizes(),
-                           input.options().memory_format(conv_memory_format(input, weight)));
+    grad_input =
+        at::empty(input.sizes(), input.options().memory_format(conv_memory_format(input, weight)));
   }
   if (output_mask[1]) grad_weight = at::empty_like(weight);
   if (output_mask[2]) grad_bias = at::empty({shape.K}, weight.options());
@@ -192,7 +194,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
     return {grad_input, grad_weight, grad_bias};
   }
 
-  Call call = depthwise_cpu::plan_backward(shape);
+  const int64_t item = input.element_size();
+  Call call = depthwise_cpu::plan_backward(shape, item);
   call.source = image_of(grad_output);
   call.x = image_of(input);
   call.weight = filter_of(weight);
@@ -202,7 +205,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
   if (output_mask[0]) call.target = image_of(grad_input);
   if (output_mask[1]) call.grad_weight = filter_of(grad_weight);
   if (output_mask[2]) call.grad_bias = filter_of(grad_bias);
-  const int64_t item = input.element_size();
   depthwise_cpu::Access access{};
   access.source = grad_output.stride(1) == 1 && !call.runs.empty();
   access.target = output_mask[0] && grad_input.stride(1) == 1;

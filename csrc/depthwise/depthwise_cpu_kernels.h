@@ -1,29 +1,30 @@
 // Depthwise convolution on the CPU. Compiled once per instruction set, see csrc/common/simd.h; free
 // of torch headers and of standard library calls for the reason given there.
 //
-//   forward     y[n, k, p, q]      = act(bias[k] + sum over r, s of weight[k, r, s] * x[n, k / m, h, w])
-//   grad_x      grad_x[n, c, h, w] = sum over k of c, r, s of weight[k, r, s] * grad_y[n, k, p, q]
-//   grad_weight grad_weight[k, r, s] = sum over n, p, q of x[n, k / m, h, w] * grad_y[n, k, p, q]
-//   with h = p * stride_h - pad_top + r * dilation_h, w likewise, taps outside the image left out.
+//   forward     y[n, k, p, q]      = act(bias[k] + sum over r, s of weight[k, r, s] * x[n, k / m,
+//   h, w]) grad_x      grad_x[n, c, h, w] = sum over k of c, r, s of weight[k, r, s] * grad_y[n, k,
+//   p, q] grad_weight grad_weight[k, r, s] = sum over n, p, q of x[n, k / m, h, w] * grad_y[n, k,
+//   p, q] with h = p * stride_h - pad_top + r * dilation_h, w likewise, taps outside the image left
+//   out.
 //
 // The first two are one computation, target = sum of weight * source, under two index maps
-// (depthwise_cpu_plan.h); the third rides on the second: while grad_y is in a register for grad_x it
-// is multiplied by x as well.
+// (depthwise_cpu_plan.h); the third rides on the second: while grad_y is in a register for grad_x
+// it is multiplied by x as well.
 //
 // A task is an image, a block of channels and a band of rows. It visits the rows of its band in the
-// order h, h + d, h + 2d, ..., so that the few source rows in use stay in the L1 or L2 cache for any
-// dilation d. The unit of work is one target row (RowJob) from at most R source rows:
+// order h, h + d, h + 2d, ..., so that the few source rows in use stay in the L1 or L2 cache for
+// any dilation d. The unit of work is one target row (RowJob) from at most R source rows:
 //
 //   [W][lanes] source rows  --->  depthwise_cpu_runs.h   three filter columns, stride 1, long rows
 //    in place or packed     --->  depthwise_cpu_tiles.h  everything else
 //
-// Channels are the vector axis. Channels-last tensors are read and written in place where that is the
-// faster way, all other layouts pass through packed rows (depthwise_cpu_rows.h). A channel multiplier
-// m is m filters over one x: in forward one after the other, in backward summed as if they were m * R
-// filter rows.
+// Channels are the vector axis. Channels-last tensors are read and written in place where that is
+// the faster way, all other layouts pass through packed rows (depthwise_cpu_rows.h). A channel
+// multiplier m is m filters over one x: in forward one after the other, in backward summed as if
+// they were m * R filter rows.
 //
-// Traffic: each tensor once per call, apart from R - 1 rows where two bands meet. The limit is memory
-// for large tensors, and the two multiply-adds a cycle for those in cache.
+// Traffic: each tensor once per call, apart from R - 1 rows where two bands meet. The limit is
+// memory for large tensors, and the two multiply-adds a cycle for those in cache.
 
 #include "csrc/depthwise/depthwise_cpu_runs.h"
 
@@ -101,8 +102,9 @@ struct Task {
         end(call.walk.rows * (band + 1) / call.bands),
         lanes((block.channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
         taps(call.R * call.S * lanes),
-        partial(call.partial == nullptr ? nullptr
-                                        : static_cast<A*>(call.partial) + index * call.partial_size()) {
+        partial(call.partial == nullptr
+                    ? nullptr
+                    : static_cast<A*>(call.partial) + index * call.partial_size()) {
     for (int64_t i = 0; i < call.multiplier * call.R; ++i) scratch.held[i] = -1;
   }
 
@@ -136,7 +138,7 @@ struct Task {
     rows.held = scratch.held + slot_set * call.R;
     rows.slot_count = call.R;
     rows.row_stride = call.source_row_stride;
-    rows.ahead = call.prefetch ? call.source_row_stride * rows.stride_h : 0;
+    rows.ahead = call.large ? call.source_row_stride * rows.stride_h : 0;
     return rows;
   }
 
@@ -188,7 +190,7 @@ struct Task {
       for (int64_t u = 0; u < m; ++u) {
         RowJob<Source, Target, A> row{};
         row.init = scratch.init + u * lanes;
-        row.source_ahead = rows.ahead;
+        row.source_ahead = rows.direct ? rows.ahead : 0;
         add_row_taps(at, rows, u, &row);
         S* y = plane<S>(call.target, block.begin * m + u) + at * call.target.stride_h;
         compute<true, false>(row, y, call.target.stride_c * m, call.target.stride_w);
@@ -199,7 +201,7 @@ struct Task {
   // The row of x at target row `at`.
   void set_x(int64_t at, RowJob<Source, Target, A>* row) const {
     const S* x = plane<const S>(call.x, block.begin) + at * call.x.stride_h;
-    const int64_t ahead = call.prefetch ? call.walk.stride * call.x.stride_h : 0;
+    const int64_t ahead = call.large ? call.walk.stride * call.x.stride_h : 0;
     if constexpr (std::is_same_v<S, Source>) {
       if (block.direct_x) {
         row->x = x;
@@ -229,7 +231,7 @@ struct Task {
       row.init = scratch.init;
       for (int64_t u = 0; u < m; ++u) {
         const SourceRows<S, Source> rows = sources(block.begin * m + u, m, u);
-        row.source_ahead = rows.ahead;
+        row.source_ahead = rows.direct ? rows.ahead : 0;
         add_row_taps(at, rows, u, &row);
       }
       if constexpr (kWeight) set_x(at, &row);

@@ -1,6 +1,6 @@
 // What a CPU call of the depthwise family decides before any kernel runs: which sources each target
-// reads, in which order rows are visited, and how the work is cut into tasks. Free of torch headers,
-// compiled once (not per instruction set).
+// reads, in which order rows are visited, and how the work is cut into tasks. Free of torch
+// headers, compiled once (not per instruction set).
 //
 // Forward and grad_input are the same computation, target[j] = sum over taps of weight * source:
 // forward has targets y and sources x, grad_input targets grad_x and sources grad_y. Only the index
@@ -93,8 +93,8 @@ inline Axis output_axis(int64_t input, int64_t output, int64_t kernel, int64_t s
   return axis;
 }
 
-// Its inverse: input h is read through tap t by output (h + pad - t * dilation) / stride, where that
-// divides. The stride splits the inputs into classes.
+// Its inverse: input h is read through tap t by output (h + pad - t * dilation) / stride, where
+// that divides. The stride splits the inputs into classes.
 inline Axis input_axis(int64_t input, int64_t output, int64_t kernel, int64_t stride, int64_t pad,
                        int64_t dilation) {
   Axis axis{input, output, stride, 1, std::vector<AxisClass>(std::min(stride, input))};
@@ -125,8 +125,8 @@ inline std::vector<Run> cut_runs(const Axis& axis, int64_t dilation) {
   return runs;
 }
 
-// The order of target rows: 0, d, 2d, ..., 1, 1 + d, ...: neighbours in this order share all but one
-// of their source rows, so that a large dilation needs no more cache than dilation 1.
+// The order of target rows: 0, d, 2d, ..., 1, 1 + d, ...: neighbours in this order share all but
+// one of their source rows, so that a large dilation needs no more cache than dilation 1.
 struct Walk {
   int64_t rows, stride;  // 1 <= stride <= rows
 
@@ -172,7 +172,8 @@ struct Call {
   int64_t bands;
   std::vector<Block> blocks;
   int64_t block_lanes;  // of the widest block, in whole vectors
-  bool prefetch;        // the tensors come from memory, not from the last-level cache
+  bool large;           // the tensors come from memory, not from the last-level cache
+  bool tiles_in_place;  // tiles work on sources in place, as runs do
   Activation activation;
   Image source, target;
   Filter weight, bias;
@@ -188,46 +189,53 @@ struct Call {
   int64_t partial_size() const { return multiplier * (R * S + 1) * block_lanes; }
 };
 
-// Runs pay off when a row holds several positions for every one at its ends.
-inline void choose_runs(const ConvShape& shape, Call* call) {
-  if (shape.S == 3 && shape.R <= 3 && shape.stride_w == 1 &&
-      call->columns.targets >= 6 * shape.dilation_w) {
-    call->runs = cut_runs(call->columns, shape.dilation_w);
-  }
-}
-
-inline Call plan_forward(const ConvShape& shape) {
+// What both directions share. `item`: bytes of an element in memory.
+inline Call plan(const ConvShape& shape, int64_t item) {
   Call call{};
   call.N = shape.N;
   call.C = shape.C;
   call.multiplier = shape.multiplier();
   call.R = shape.R;
   call.S = shape.S;
-  call.rows = output_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
-  call.columns =
-      output_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
   call.dilation_w = shape.dilation_w;
-  call.walk = {shape.P,
-               std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
-  call.source_row_stride = shape.dilation_h;
-  choose_runs(shape, &call);
+  call.large = shape.N * shape.C * shape.H * shape.W * item >= (int64_t{4} << 20);
   return call;
 }
 
-inline Call plan_backward(const ConvShape& shape) {
-  Call call{};
-  call.N = shape.N;
-  call.C = shape.C;
-  call.multiplier = shape.multiplier();
-  call.R = shape.R;
-  call.S = shape.S;
-  call.rows = input_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
+// Runs need several positions in a row for every one at its ends.
+inline bool runs_pay(const ConvShape& shape, const Call& call) {
+  return shape.S == 3 && shape.R <= 3 && shape.stride_w == 1 &&
+         call.columns.targets >= 6 * shape.dilation_w;
+}
+
+inline Call plan_forward(const ConvShape& shape, int64_t item) {
+  Call call = plan(shape, item);
+  call.rows =
+      output_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
+  call.columns =
+      output_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
+  call.walk = {shape.P,
+               std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
+  call.source_row_stride = shape.dilation_h;
+  // From memory the order of pixels counts for more than the number of loads: tiles.
+  call.tiles_in_place = call.large && item >= 4 && shape.dilation_w == 1 && runs_pay(shape, call);
+  if (runs_pay(shape, call) && !call.tiles_in_place) {
+    call.runs = cut_runs(call.columns, shape.dilation_w);
+  }
+  return call;
+}
+
+inline Call plan_backward(const ConvShape& shape, int64_t item) {
+  Call call = plan(shape, item);
+  call.rows =
+      input_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
   call.columns =
       input_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
-  call.dilation_w = shape.dilation_w;
   call.walk = {shape.H, std::min(shape.H, shape.dilation_h)};
   call.source_row_stride = shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h);
-  if (call.multiplier == 1) choose_runs(shape, &call);
+  if (call.multiplier == 1 && runs_pay(shape, call)) {
+    call.runs = cut_runs(call.columns, shape.dilation_w);
+  }
   return call;
 }
 
@@ -236,8 +244,8 @@ struct Access {
   bool source, target, x;
 };
 
-// Cuts the work into blocks of channels and bands of rows. `vector`: lanes of a vector, `item`: bytes
-// of an element in memory.
+// Cuts the work into blocks of channels and bands of rows. `vector`: lanes of a vector, `item`:
+// bytes of an element in memory.
 inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   const int64_t width = std::max(call->columns.sources, call->columns.targets);
   const int64_t row_work =
@@ -245,19 +253,20 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   // 64 tasks, if they are worth it, feed any usual number of threads.
   const int64_t wanted = std::clamp<int64_t>((row_work * call->walk.rows) >> 18, 1, 64);
   // Neighbouring bands share R - 1 source rows.
-  const int64_t max_bands = std::max<int64_t>(1, call->walk.rows / (4 * std::max<int64_t>(1, call->R - 1)));
+  const int64_t max_bands =
+      std::max<int64_t>(1, call->walk.rows / (4 * std::max<int64_t>(1, call->R - 1)));
 
-  // Bytes of a pixel that a task reads: enough for whole pages and prefetchers to pay, and more where
-  // the distance of pixels is a power of two, which leaves only a few sets of every cache. The rows
-  // in use have to fit half of a small L2 cache.
+  // Bytes of a pixel that a task reads: enough for whole pages and prefetchers to pay, and more
+  // where the distance of pixels is a power of two, which leaves only a few sets of every cache.
+  // The rows in use have to fit half of a small L2 cache.
   const bool channels_last = call->source.stride_c == 1;
   const bool aliased = channels_last && call->source.stride_w * item % 1024 == 0;
-  const bool runs_in_place = access.source && !call->runs.empty();
-  const int64_t pixel = !channels_last ? 128 : !aliased ? 256 : runs_in_place ? 1024 : 512;
+  const bool wide = access.source && (aliased || call->tiles_in_place);
+  const int64_t pixel = !channels_last ? 128 : wide ? 1024 : aliased ? 512 : 256;
   int64_t lanes = pixel / item;
   const int64_t cache = (int64_t{512} << 10) / ((call->R + 1) * width * std::max<int64_t>(item, 4));
   while (lanes * item > 128 && (lanes > cache || lanes >= 2 * call->C ||
-                                call->N * ceil_div(call->C, lanes) * max_bands < wanted)) {
+                                2 * call->N * ceil_div(call->C, lanes) * max_bands < wanted)) {
     lanes /= 2;
   }
   lanes = std::max(lanes, vector);
@@ -274,8 +283,6 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
     call->block_lanes = std::max(call->block_lanes, round_up(block.channels, vector));
   }
   call->bands = std::clamp(ceil_div(wanted, call->N * call->block_count()), int64_t{1}, max_bands);
-  call->prefetch = channels_last && call->N * call->C * call->rows.sources *
-                                            call->columns.sources * item >= (int64_t{8} << 20);
 }
 
 }  // namespace depthwise_cpu

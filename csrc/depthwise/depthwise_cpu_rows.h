@@ -34,7 +34,8 @@ inline void pack_row(const S* row, int64_t stride_c, int64_t stride_w, int64_t c
         const int64_t count = min_of(pixels - w, n);
         Vector<A> square[n];
         if (live == n && count == n) {
-          FASTSEG_UNROLL for (int64_t i = 0; i < n; ++i) square[i] = load(planes + i * stride_c + w);
+          FASTSEG_UNROLL for (int64_t i = 0; i < n; ++i) square[i] =
+              load(planes + i * stride_c + w);
         } else {
           FASTSEG_UNROLL for (int64_t i = 0; i < n; ++i) {
             square[i] = i < live ? load_first(planes + i * stride_c + w, count) : Vector<A>{};

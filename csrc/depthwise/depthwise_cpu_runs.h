@@ -3,12 +3,12 @@
 //
 //   step j:   opens target j,  adds source j - pad to the open targets,  closes target j - 2
 //
-//   sources        s0  s1  s2  s3  ...        target t reads sources t - pad, t + 1 - pad, t + 2 - pad
-//   open targets  {t0} {t1 t0} {t2 t1 t0} {t3 t2 t1} ...
+//   sources        s0  s1  s2  s3  ...        target t reads sources t - pad, t + 1 - pad, t + 2 -
+//   pad open targets  {t0} {t1 t0} {t2 t1 t0} {t3 t2 t1} ...
 //
-// Each source is loaded once a row and used three times; the nine weights, the three open targets and,
-// in the fused backward pass, the nine sums of grad_weight stay in registers for the whole run. So a
-// row reads and writes each of its cache lines once, and works on the tensors in place.
+// Each source is loaded once a row and used three times; the nine weights, the three open targets
+// and, in the fused backward pass, the nine sums of grad_weight stay in registers for the whole
+// run. So a row reads and writes each of its cache lines once, and works on the tensors in place.
 
 #include "csrc/depthwise/depthwise_cpu_tiles.h"
 

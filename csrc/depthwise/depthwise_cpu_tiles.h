@@ -4,11 +4,12 @@
 // A segment of a row has the same live taps everywhere, so a tile is a plain double loop, without
 // bounds tests:
 //
-//   for every vector of channels: for every tap: for j in the tile: acc[j] += weight * source[j * step]
+//   for every vector of channels: for every tap: for j in the tile: acc[j] += weight * source[j *
+//   step]
 //
 // The weight is loaded once a tile and tap, the accumulators stay in registers. The fused backward
-// pass multiplies the same loaded source, grad_y, by x[j] for grad_weight: both gradients read grad_y
-// once. Its partial sums run over one tile before they go to memory.
+// pass multiplies the same loaded source, grad_y, by x[j] for grad_weight: both gradients read
+// grad_y once. Its partial sums run over one tile before they go to memory.
 
 #include "csrc/depthwise/depthwise_cpu_rows.h"
 
@@ -60,6 +61,8 @@ struct TileJob {
   A* target;
   const A* x;
   int64_t lanes;
+  int64_t weight_step;  // slide: elements from filter column to filter column
+  int64_t ahead;        // slide: elements to the source row to fetch into the cache, or 0
 };
 
 // kGroup vectors of channels at once, from channel c.
@@ -121,16 +124,57 @@ FASTSEG_INLINE void tile(const TileJob<A>& job, int64_t position, int64_t c) {
   }
 }
 
-template <class A, int kTile, bool kInput, bool kWeight>
+// The same for three neighbouring filter columns, of which the list holds the first of each row: a
+// source is loaded once a row and slides through the three.
+template <class A, int kTile>
+FASTSEG_INLINE void slide(const TileJob<A>& job, int64_t position, int64_t c) {
+  Vector<A> acc[kTile];
+  FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) acc[j] = load(job.init + c);
+  const int64_t at = position * job.source_step + c;
+  const A* source = job.init;
+  for (const FlatTap<A>* tap = job.taps; tap != job.taps_end; ++tap) {
+    source = tap->source + at;
+    Vector<A> weight[3];
+    FASTSEG_UNROLL for (int t = 0; t < 3; ++t) weight[t] =
+        load(tap->weight + t * job.weight_step + c);
+    FASTSEG_UNROLL for (int i = 0; i < kTile + 2; ++i) {
+      const Vector<A> value = load(source);
+      source += job.source_step;
+      FASTSEG_OPAQUE(source);
+      FASTSEG_UNROLL for (int t = 0; t < 3; ++t) {
+        if (i - t >= 0 && i - t < kTile) acc[i - t] += weight[t] * value;
+      }
+    }
+  }
+  if (job.ahead != 0) {
+    FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
+      source -= job.source_step;
+      FASTSEG_OPAQUE(source);
+      __builtin_prefetch(source + job.ahead);
+    }
+  }
+  A* target = job.target + position * job.target_step + c;
+  FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
+    store(target, acc[j]);
+    target += job.target_step;
+    FASTSEG_OPAQUE(target);
+  }
+}
+
+template <class A, int kTile, bool kSlide, bool kInput, bool kWeight>
 FASTSEG_NOINLINE void tiles(const TileJob<A>& shared, int64_t position, int64_t count) {
   constexpr int64_t n = kLanes<A>;
   // Narrow tiles, at the border, take more channels at once to keep the multipliers busy.
-  constexpr int kGroup = kTile == 1 ? 4 : kTile == 2 ? 2 : 1;
+  constexpr int kGroup = kSlide ? 1 : kTile == 1 ? 4 : kTile == 2 ? 2 : 1;
   const TileJob<A> job = shared;
   for (; count > 0; --count, position += kTile) {
     int64_t c = 0;
     for (; c + kGroup * n <= job.lanes; c += kGroup * n) {
-      tile<A, kTile, kGroup, kInput, kWeight>(job, position, c);
+      if constexpr (kSlide) {
+        slide<A, kTile>(job, position, c);
+      } else {
+        tile<A, kTile, kGroup, kInput, kWeight>(job, position, c);
+      }
     }
     if constexpr (kGroup > 1) {
       for (; c < job.lanes; c += n) tile<A, kTile, 1, kInput, kWeight>(job, position, c);
@@ -138,32 +182,41 @@ FASTSEG_NOINLINE void tiles(const TileJob<A>& shared, int64_t position, int64_t 
   }
 }
 
-template <class A, bool kInput, bool kWeight>
+template <class A, bool kSlide, bool kInput, bool kWeight>
 inline void tiles_of_width(const TileJob<A>& job, int64_t width, int64_t position, int64_t count) {
   switch (width) {
     case 8:
-      return tiles<A, 8, kInput, kWeight>(job, position, count);
+      return tiles<A, 8, kSlide, kInput, kWeight>(job, position, count);
     case 7:
-      return tiles<A, 7, kInput, kWeight>(job, position, count);
+      return tiles<A, 7, kSlide, kInput, kWeight>(job, position, count);
     case 6:
-      return tiles<A, 6, kInput, kWeight>(job, position, count);
+      return tiles<A, 6, kSlide, kInput, kWeight>(job, position, count);
     case 5:
-      return tiles<A, 5, kInput, kWeight>(job, position, count);
+      return tiles<A, 5, kSlide, kInput, kWeight>(job, position, count);
     case 4:
-      return tiles<A, 4, kInput, kWeight>(job, position, count);
+      return tiles<A, 4, kSlide, kInput, kWeight>(job, position, count);
     case 3:
-      return tiles<A, 3, kInput, kWeight>(job, position, count);
+      return tiles<A, 3, kSlide, kInput, kWeight>(job, position, count);
     case 2:
-      return tiles<A, 2, kInput, kWeight>(job, position, count);
+      return tiles<A, 2, kSlide, kInput, kWeight>(job, position, count);
     default:
-      return tiles<A, 1, kInput, kWeight>(job, position, count);
+      return tiles<A, 1, kSlide, kInput, kWeight>(job, position, count);
   }
+}
+
+// Tiles of two widths that differ by one.
+template <class A, bool kSlide, bool kInput, bool kWeight>
+inline void cover(const TileJob<A>& job, int64_t positions) {
+  // Accumulators, x and temporaries must fit the registers: 32 with AVX-512, 16 before.
+  constexpr int64_t widest = kWeight && FASTSEG_SIMD_BYTES != 64 ? 4 : 8;
+  const int64_t count = (positions + widest - 1) / widest;
+  const int64_t width = positions / count, wider = positions % count;
+  if (wider > 0) tiles_of_width<A, kSlide, kInput, kWeight>(job, width + 1, 0, wider);
+  tiles_of_width<A, kSlide, kInput, kWeight>(job, width, wider * (width + 1), count - wider);
 }
 
 template <class A, bool kInput, bool kWeight>
 inline void tile_row(const Axis& columns, const RowJob<A, A, A>& row, FlatTap<A>* flat) {
-  // Accumulators, x and temporaries must fit the registers: 32 with AVX-512, 16 before.
-  constexpr int64_t widest = kWeight && FASTSEG_SIMD_BYTES != 64 ? 4 : 8;
   TileJob<A> job;
   job.taps = flat;
   job.source_step = columns.step * row.source_stride;
@@ -171,15 +224,22 @@ inline void tile_row(const Axis& columns, const RowJob<A, A, A>& row, FlatTap<A>
   job.x_step = columns.period * row.x_stride;
   job.init = row.init;
   job.lanes = row.lanes;
+  job.weight_step = 0;
+  job.ahead = row.source_ahead;
   int64_t index = 0;
   for (const AxisClass& cls : columns.classes) {
     for (const Segment& segment : cls.segments) {
+      const Tap* live = cls.taps.data() + segment.first;
+      const int64_t live_count = segment.last - segment.first;
+      const bool slides = kInput && !kWeight && columns.step == 1 && live_count == 3 &&
+                          live[1].source - live[0].source == 1;
+      if (slides) job.weight_step = (live[1].weight - live[0].weight) * row.lanes;
       FlatTap<A>* end = flat;
       for (int64_t r = 0; r < row.tap_count; ++r) {
         const RowTap<A, A>& tap = row.taps[r];
-        for (int64_t t = segment.first; t < segment.last; ++t) {
-          const int64_t weight = cls.taps.data()[t].weight * row.lanes;
-          const int64_t column = cls.taps.data()[t].source + segment.begin * columns.step;
+        for (int64_t t = 0; t < (slides ? 1 : live_count); ++t) {
+          const int64_t weight = live[t].weight * row.lanes;
+          const int64_t column = live[t].source + segment.begin * columns.step;
           *end++ = {tap.source + column * row.source_stride, tap.weight + weight,
                     kWeight ? tap.grad_weight + weight : nullptr};
         }
@@ -188,12 +248,14 @@ inline void tile_row(const Axis& columns, const RowJob<A, A, A>& row, FlatTap<A>
       const int64_t column = index + segment.begin * columns.period;
       job.target = kInput ? row.target + column * row.target_stride : nullptr;
       job.x = kWeight ? row.x + column * row.x_stride : nullptr;
-      // Tiles of two widths that differ by one.
       const int64_t positions = segment.end - segment.begin;
-      const int64_t count = (positions + widest - 1) / widest;
-      const int64_t width = positions / count, wider = positions % count;
-      if (wider > 0) tiles_of_width<A, kInput, kWeight>(job, width + 1, 0, wider);
-      tiles_of_width<A, kInput, kWeight>(job, width, wider * (width + 1), count - wider);
+      if constexpr (kInput && !kWeight) {
+        if (slides) {
+          cover<A, true, kInput, kWeight>(job, positions);
+          continue;
+        }
+      }
+      cover<A, false, kInput, kWeight>(job, positions);
     }
     ++index;
   }
