@@ -117,8 +117,10 @@ def _triton_reason(problem: Problem) -> str | None:
 
 
 def _cuda_reason(problem: Problem) -> str | None:
+    if problem.operator in _NATIVE_ONLY:
+        return _NATIVE_ONLY[problem.operator]
     if _has_kernel(problem, "cuda"):
-        return _no_operator_kernels(problem)
+        return None
     missing = extension.cuda_missing()
     if missing is not None:
         return f"the CUDA C++ kernels are missing: {missing}"
