@@ -1,4 +1,5 @@
-// The shape of one 2-D convolution, as every kernel receives it: a plain struct passed by value, free of torch headers.
+// The shape of one 2-D convolution, as every kernel receives it: a plain struct passed by value,
+// free of torch headers.
 #pragma once
 
 #include <cstdint>

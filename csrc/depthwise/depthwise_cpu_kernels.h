@@ -66,13 +66,13 @@ struct Scratch {
   Scratch(const Call& call, char* base) {
     Arena arena{base};
     const int64_t m = call.multiplier, taps = m * call.R * call.S, lanes = call.block_lanes;
-    sources = arena.take<A>(m * call.R * call.columns.sources * lanes);
+    sources = arena.take<A>(m * call.slots * call.columns.sources * lanes);
     x = arena.take<A>(call.columns.targets * lanes);
     target = arena.take<A>(call.columns.targets * lanes);
     weight = arena.take<A>(taps * lanes);
     init = arena.take<A>(m * lanes);
     totals = arena.take<A>(taps * lanes);
-    held = arena.take<int64_t>(m * call.R);
+    held = arena.take<int64_t>(m * call.slots);
     row_taps = arena.take<RowTap<A, A>>(m * call.R);
     flat = arena.take<FlatTap<A>>(taps);
     bytes = arena.used;
@@ -105,7 +105,7 @@ struct Task {
         partial(call.partial == nullptr
                     ? nullptr
                     : static_cast<A*>(call.partial) + index * call.partial_size()) {
-    for (int64_t i = 0; i < call.multiplier * call.R; ++i) scratch.held[i] = -1;
+    for (int64_t i = 0; i < call.multiplier * call.slots; ++i) scratch.held[i] = -1;
   }
 
   template <class T>
@@ -134,9 +134,9 @@ struct Task {
     rows.lanes = lanes;
     rows.pixels = call.columns.sources;
     rows.direct = block.direct_source;
-    rows.slots = scratch.sources + slot_set * call.R * rows.pixels * lanes;
-    rows.held = scratch.held + slot_set * call.R;
-    rows.slot_count = call.R;
+    rows.slots = scratch.sources + slot_set * call.slots * rows.pixels * lanes;
+    rows.held = scratch.held + slot_set * call.slots;
+    rows.slot_count = call.slots;
     rows.row_stride = call.source_row_stride;
     rows.ahead = call.large ? call.source_row_stride * rows.stride_h : 0;
     return rows;

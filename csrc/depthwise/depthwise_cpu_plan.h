@@ -169,6 +169,7 @@ struct Call {
   int64_t dilation_w;
   Walk walk;
   int64_t source_row_stride;  // between the source rows that one target row reads
+  int64_t slots;              // packed source rows that are kept
   int64_t bands;
   std::vector<Block> blocks;
   int64_t block_lanes;  // of the widest block, in whole vectors
@@ -252,9 +253,10 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
       call->N * call->C * call->multiplier * call->columns.targets * (call->R * call->S + 4);
   // 64 tasks, if they are worth it, feed any usual number of threads.
   const int64_t wanted = std::clamp<int64_t>((row_work * call->walk.rows) >> 18, 1, 64);
-  // Neighbouring bands share R - 1 source rows.
-  const int64_t max_bands =
-      std::max<int64_t>(1, call->walk.rows / (4 * std::max<int64_t>(1, call->R - 1)));
+  // Neighbouring bands both read all but one of the rows in use.
+  const auto max_bands = [&](int64_t rows_in_use) {
+    return std::max<int64_t>(1, call->walk.rows / (4 * std::max<int64_t>(1, rows_in_use - 1)));
+  };
 
   // Bytes of a pixel that a task reads: enough for whole pages and prefetchers to pay, and more
   // where the distance of pixels is a power of two, which leaves only a few sets of every cache.
@@ -264,12 +266,24 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   const bool wide = access.source && (aliased || call->tiles_in_place);
   const int64_t pixel = !channels_last ? 128 : wide ? 1024 : aliased ? 512 : 256;
   int64_t lanes = pixel / item;
-  const int64_t cache = (int64_t{512} << 10) / ((call->R + 1) * width * std::max<int64_t>(item, 4));
-  while (lanes * item > 128 && (lanes > cache || lanes >= 2 * call->C ||
-                                2 * call->N * ceil_div(call->C, lanes) * max_bands < wanted)) {
+  const int64_t row = width * std::max<int64_t>(item, 4);  // bytes for each channel
+  const int64_t cache = int64_t{512} << 10;
+  while (lanes * item > 128 &&
+         ((call->R + 1) * row * lanes > cache || lanes >= 2 * call->C ||
+          2 * call->N * ceil_div(call->C, lanes) * max_bands(call->R) < wanted)) {
     lanes /= 2;
   }
   lanes = std::max(lanes, vector);
+
+  // A contiguous plane's short rows share cache lines, so that planes whose rows in use fit the
+  // cache are better walked straight through.
+  call->slots = call->R;
+  const int64_t span = (call->R - 1) * call->source_row_stride + 1;
+  if (!channels_last && (std::min(span, call->rows.sources) + 1) * row * lanes <= cache) {
+    call->slots = std::min(span, call->rows.sources);
+    call->source_row_stride = 1;
+    call->walk.stride = 1;
+  }
 
   const int64_t whole = access.source || access.target || access.x ? call->C / vector * vector : 0;
   call->blocks.reserve(call->C / lanes + 2);
@@ -282,7 +296,8 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   for (const Block& block : call->blocks) {
     call->block_lanes = std::max(call->block_lanes, round_up(block.channels, vector));
   }
-  call->bands = std::clamp(ceil_div(wanted, call->N * call->block_count()), int64_t{1}, max_bands);
+  const int64_t bands = ceil_div(wanted, call->N * call->block_count());
+  call->bands = std::clamp(bands, int64_t{1}, max_bands(call->slots));
 }
 
 }  // namespace depthwise_cpu
