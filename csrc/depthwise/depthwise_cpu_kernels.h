@@ -113,6 +113,12 @@ struct Task {
     return static_cast<T*>(tensor.data) + image * tensor.stride_n + channel * tensor.stride_c;
   }
 
+  // Elements to the row `rows` on, if it is worth fetching into the cache: from memory, and from
+  // planes, which are too many streams for the hardware to follow.
+  int64_t ahead(const Image& tensor, int64_t rows) const {
+    return call.large || tensor.stride_w == 1 ? rows * tensor.stride_h : 0;
+  }
+
   void pack_weights() const {
     const int64_t m = call.multiplier;
     for (int64_t u = 0; u < m; ++u) {
@@ -138,7 +144,7 @@ struct Task {
     rows.held = scratch.held + slot_set * call.slots;
     rows.slot_count = call.slots;
     rows.row_stride = call.source_row_stride;
-    rows.ahead = call.large ? call.source_row_stride * rows.stride_h : 0;
+    rows.ahead = ahead(call.source, call.source_row_stride);
     return rows;
   }
 
@@ -176,7 +182,7 @@ struct Task {
       compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       if constexpr (kInput) {
         unpack_row(scratch.target, lanes, block.channels, call.columns.targets, call.activation,
-                   tensor_row, stride_c, stride_w);
+                   tensor_row, stride_c, stride_w, ahead(call.target, call.walk.stride));
       }
     }
   }
@@ -201,18 +207,18 @@ struct Task {
   // The row of x at target row `at`.
   void set_x(int64_t at, RowJob<Source, Target, A>* row) const {
     const S* x = plane<const S>(call.x, block.begin) + at * call.x.stride_h;
-    const int64_t ahead = call.large ? call.walk.stride * call.x.stride_h : 0;
+    const int64_t next = ahead(call.x, call.walk.stride);
     if constexpr (std::is_same_v<S, Source>) {
       if (block.direct_x) {
         row->x = x;
         row->x_stride = call.x.stride_w;
-        row->x_ahead = ahead;
+        row->x_ahead = next;
         return;
       }
     }
     if constexpr (std::is_same_v<A, Source>) {
       pack_row(x, call.x.stride_c, call.x.stride_w, block.channels, call.columns.targets, scratch.x,
-               lanes, ahead);
+               lanes, next);
       row->x = scratch.x;
       row->x_stride = lanes;
     }

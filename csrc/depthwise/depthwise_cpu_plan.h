@@ -199,7 +199,7 @@ inline Call plan(const ConvShape& shape, int64_t item) {
   call.R = shape.R;
   call.S = shape.S;
   call.dilation_w = shape.dilation_w;
-  call.large = shape.N * shape.C * shape.H * shape.W * item >= (int64_t{4} << 20);
+  call.large = shape.N * shape.C * shape.H * shape.W * item >= (int64_t{8} << 20);
   return call;
 }
 

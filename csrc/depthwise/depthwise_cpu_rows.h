@@ -33,6 +33,9 @@ inline void pack_row(const S* row, int64_t stride_c, int64_t stride_w, int64_t c
       for (int64_t w = 0; w < pixels; w += n) {
         const int64_t count = min_of(pixels - w, n);
         Vector<A> square[n];
+        if (ahead != 0) {
+          for (int64_t i = 0; i < live; ++i) __builtin_prefetch(planes + i * stride_c + w + ahead);
+        }
         if (live == n && count == n) {
           FASTSEG_UNROLL for (int64_t i = 0; i < n; ++i) square[i] =
               load(planes + i * stride_c + w);
@@ -61,10 +64,11 @@ inline void pack_row(const S* row, int64_t stride_c, int64_t stride_w, int64_t c
   }
 }
 
-// The reverse: activation, then the one rounding.
+// The reverse: activation, then the one rounding. `ahead` as above.
 template <class S, class A>
 inline void unpack_row(const A* packed, int64_t lanes, int64_t channels, int64_t pixels,
-                       Activation activation, S* row, int64_t stride_c, int64_t stride_w) {
+                       Activation activation, S* row, int64_t stride_c, int64_t stride_w,
+                       int64_t ahead) {
   constexpr int64_t n = kLanes<A>;
   if (stride_c == 1) {
     for (int64_t w = 0; w < pixels; ++w) {
@@ -87,6 +91,9 @@ inline void unpack_row(const A* packed, int64_t lanes, int64_t channels, int64_t
         square[j] = j < count ? activate<A>(load(in + j * lanes), activation) : Vector<A>{};
       }
       transpose<A>(square);
+      if (ahead != 0) {
+        for (int64_t i = 0; i < live; ++i) __builtin_prefetch(planes + i * stride_c + w + ahead, 1);
+      }
       if (stride_w != 1) {
         A values[n * n];
         FASTSEG_UNROLL for (int64_t i = 0; i < n; ++i) store(values + i * n, square[i]);
@@ -129,7 +136,7 @@ inline void unpack_filter(const A* packed, int64_t lanes, int64_t begin, int64_t
   S* data = static_cast<S*>(filter.data) + (begin * multiplier + u) * filter.stride_k;
   for (int64_t r = 0; r < R; ++r) {
     unpack_row(packed + r * width * lanes, lanes, channels, width, Activation::kNone,
-               data + r * filter.stride_r, filter.stride_k * multiplier, filter.stride_s);
+               data + r * filter.stride_r, filter.stride_k * multiplier, filter.stride_s, 0);
   }
 }
 
