@@ -44,22 +44,19 @@
 #define FASTSEG_SIMD_X86 0
 #endif
 
+// clang-format off: a pragma is one string literal
 #if defined(__clang__)
-#define FASTSEG_TARGET_AVX512                                                                \
-  _Pragma(                                                                                   \
-      "clang attribute "                                                                     \
-      "push(__attribute__((target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c\"))), " \
-      "apply_to = function)")
-#define FASTSEG_TARGET_AVX2 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
+#define FASTSEG_TARGET_AVX512 _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c\"))), apply_to = function)")
+#define FASTSEG_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
 #define FASTSEG_TARGET_END _Pragma("clang attribute pop")
 #else
-#define FASTSEG_TARGET_AVX512          \
-  _Pragma("GCC push_options") _Pragma( \
-      "GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
+#define FASTSEG_TARGET_AVX512 \
+  _Pragma("GCC push_options") \
+  _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512\")")
 #define FASTSEG_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
 #define FASTSEG_TARGET_END _Pragma("GCC pop_options")
 #endif
+// clang-format on
 
 #if defined(__clang__)
 #define FASTSEG_UNROLL _Pragma("unroll")
