@@ -89,16 +89,12 @@ _NATIVE_ONLY = {
 }
 
 
-def _no_operator_kernels(problem: Problem) -> str | None:
-    return _NATIVE_ONLY.get(problem.operator)
-
-
 def _cpu_reason(problem: Problem) -> str | None:
     if extension.EXTENSION is None:
         return extension.MISSING
     if problem.device_type != "cpu":
         return f"the C++ CPU kernels take CPU tensors, not {problem.device_type} tensors"
-    return _no_operator_kernels(problem)
+    return None
 
 
 def _triton_reason(problem: Problem) -> str | None:
@@ -113,12 +109,10 @@ def _triton_reason(problem: Problem) -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"Triton does not import: {error}"
-    return _no_operator_kernels(problem)
+    return None
 
 
 def _cuda_reason(problem: Problem) -> str | None:
-    if problem.operator in _NATIVE_ONLY:
-        return _NATIVE_ONLY[problem.operator]
     if _has_kernel(problem, "cuda"):
         return None
     missing = extension.cuda_missing()
@@ -134,8 +128,7 @@ def _has_kernel(problem: Problem, backend: str) -> bool:
 
 
 _REASONS = {
-    "native": lambda problem: None,
-    "reference": _no_operator_kernels,
+    "reference": lambda problem: None,
     "cpu": _cpu_reason,
     "triton": _triton_reason,
     "cuda": _cuda_reason,
@@ -144,10 +137,13 @@ _REASONS = {
 
 def reason_not(backend: str, problem: Problem) -> str | None:
     """Why `backend` cannot run `problem`, or None when it can."""
-    if problem.dtype not in _FLOATING and backend != "native":
-        return (
-            f"the kernels take float16, bfloat16, float32 and float64, not {str(problem.dtype).removeprefix('torch.')}"
-        )
+    if backend == "native":
+        return None
+    if problem.operator in _NATIVE_ONLY:
+        return _NATIVE_ONLY[problem.operator]
+    if problem.dtype not in _FLOATING:
+        dtype = str(problem.dtype).removeprefix("torch.")
+        return f"the kernels take float16, bfloat16, float32 and float64, not {dtype}"
     return _REASONS[backend](problem)
 
 

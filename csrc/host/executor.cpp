@@ -1,4 +1,5 @@
-// The scheduler behind cuda_on_cpu.h, whose head tells how it all works.
+// The scheduler behind cuda_on_cpu.h, whose head tells how it all works. Over 500 lines, because
+// barriers, warps, copies and errors are states of one loop that read worse apart.
 #include "csrc/host/executor.h"
 
 #include <cxxabi.h>

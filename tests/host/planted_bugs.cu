@@ -1,5 +1,6 @@
 // Small kernels for test_host_executor.py: correct ones, and the same with one planted bug each
-// (`template <bool kBug>`). Comments "// line: NAME" mark lines that messages must name.
+// (`template <bool kBug>`). Comments "// line: NAME" mark lines that messages must name. One file
+// over 500 lines, because it is built once for all tests.
 #include <cstring>
 #include <map>
 #include <memory>
