@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 
 import torch
@@ -12,6 +13,20 @@ HOW = {
     "cpu": "peak of what PyTorch's CPU allocator handed out during one call, beyond the inputs (torch.profiler)",
     "cuda": "torch.cuda.max_memory_allocated during one call, beyond the inputs",
 }
+
+
+def keep_freed_memory() -> bool:
+    """Make the C library keep the memory it is given back; False where it has no such setting (it is glibc's).
+
+    Otherwise it may return a large tensor's pages to the system and get them back, zeroed, page by page, in the next
+    call, which takes longer than many kernels. Whether it does depends on the layout of the heap, not on the candidate.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # from malloc.h
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
 
 
 def peak_bytes(call, device: str) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks import operators, record, table, timing
+from benchmarks import memory, operators, record, table, timing
 from benchmarks.cases import DIRECTIONS, QUICK_DIRECTIONS, select
 from benchmarks.network import NETWORKS
 from benchmarks.network import measure as measure_network
@@ -41,7 +41,7 @@ def run(settings: Settings, say: Callable[[str], None], keep: Callable[[dict], N
     if settings.device == "cuda":
         torch.backends.cudnn.benchmark = True  # native gets its own choice of kernels
     end = time.perf_counter() + settings.budget
-    found = record.start(asdict(settings))
+    found = record.start({**asdict(settings), "freed_memory_kept": memory.keep_freed_memory()})
     say(table.machine_line(found))
     found["ceilings"] = timing.ceilings(settings.device)
     say(table.ceilings_line(found))

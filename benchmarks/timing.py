@@ -2,7 +2,7 @@
 
 Candidates take turns (A B C, B C A, C A B, ...), so that a change of clock or load hits all of them. A ratio is the
 median of the ratios of pairs from one round, with the spread of those. A sample of a short call is many calls, after an
-untimed one that refills the caches.
+untimed one that refills the caches. On a CPU freed memory stays with the process (benchmarks/memory.py).
 
 On a GPU every sample is a CUDA graph of one call per buffer set, with enough sets to exceed the L2 cache, so neither
 launch overhead nor a warm L2 is measured. If one candidate cannot be captured, all are timed without graphs. Data are

@@ -2,7 +2,8 @@
 
 A layer changes its class and keeps everything else: the object, its Parameters, its hooks, its state-dict keys. What
 the undo needs is one attribute, `_fastseg`, in the layer's `__dict__`. A module whose forward passes convolutions'
-outputs to batch norms gets a pair of hooks (see fastseg/nn/folding.py).
+outputs to batch norms gets a pair of hooks (see fastseg/nn/folding.py), or runs them in one call when it is a
+Sequential (see fastseg/nn/sequential.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastseg import dispatch
 from fastseg.chains import FoundChain, find_chains
 from fastseg.nn.conv import AcceleratedConv2d
 from fastseg.nn.folding import Chain, Scope, foldable_class, is_scope_hook, original_class
+from fastseg.nn.sequential import Step, folded_class, is_plain_sequential, steps_of
 from fastseg.ops.conv2d import operator_of
 
 _ON_FALLBACK = ("silent", "warn", "error")
@@ -32,6 +34,7 @@ class Settings:
         self.backend = backend  # None: the surrounding choice
         self.memory_format = memory_format
         self.chain: Chain | None = None
+        self.steps: list[Step] = []  # of a Sequential
         self.weight_layout: tuple[torch.Size, tuple[int, ...]] | None = None  # shape and strides, where they changed
 
 
@@ -242,15 +245,31 @@ def _restrided(values, strides) -> torch.Tensor:
 
 
 def _swap_followers(chains: dict[torch.nn.Conv2d, FoundChain]) -> None:
-    scopes: dict[torch.nn.Module, Scope] = {}
-    for convolution, (owner, chain, watched) in chains.items():
-        convolution._fastseg.chain = chain
-        scopes.setdefault(owner, Scope()).links.append((chain, watched))
-        for module in (chain.norm, chain.activation):
-            if module is not None and "_fastseg" not in vars(module):
-                _swap(module, foldable_class(module), Settings(type(module)))
-    for owner, scope in scopes.items():
-        scope.install(owner)
+    owners: dict[torch.nn.Module, list[tuple[torch.nn.Conv2d, FoundChain]]] = {}
+    for convolution, found in chains.items():
+        convolution._fastseg.chain = found.chain
+        owners.setdefault(found.owner, []).append((convolution, found))
+    for owner, links in owners.items():
+        links = _swap_sequential(owner, links) if is_plain_sequential(owner) else links
+        scope = Scope()
+        for _, (_, chain, watched) in links:
+            scope.links.append((chain, watched))
+            for module in (chain.norm, chain.activation):
+                if module is not None and "_fastseg" not in vars(module):
+                    _swap(module, foldable_class(module), Settings(type(module)))
+        if scope.links:
+            scope.install(owner)
+
+
+def _swap_sequential(owner, links) -> list:
+    """Let `owner` run the chains among its own children; what is left needs a scope."""
+    steps = steps_of(owner, {convolution: found.chain for convolution, found in links})
+    inside = {step.chain for step in steps}
+    if inside != {None}:
+        settings = Settings(type(owner))
+        settings.steps = steps
+        _swap(owner, folded_class(type(owner)), settings)
+    return [link for link in links if link[1].chain not in inside]
 
 
 def _swap(module, kind, settings) -> None:

@@ -17,8 +17,9 @@ from fastseg.accelerate import kernel_choice, own_forward_reason, requested
 from fastseg.ceilings import copy_bandwidth, matmul_rate, median_ms
 from fastseg.chains import find_chains, undisturbed
 from fastseg.nn.conv import Conv2d, convolve, folded
-from fastseg.nn.folding import INPLACE_ACTIVATIONS, Chain, Operands, pays, scales_weight
+from fastseg.nn.folding import Chain, Operands, pays, scales_weight
 from fastseg.ops.arguments import normalise
+from fastseg.ops.batch_norm import INPLACE_ACTIVATIONS
 from fastseg.ops.geometry import conv_memory_format, live_outputs
 
 
@@ -308,7 +309,8 @@ def _fold_text(call: _Call, chain: Chain | None) -> str:
     if chain is None:
         return ""
     what = "bn" if chain.activation_name == "none" else f"bn+{chain.activation_name}"
-    return f"{what} in {'weight' if scales_weight(call.layer, call.layer.weight, call.input) else 'output'}"
+    scales = scales_weight(call.layer, call.layer.weight, call.input, call.device.type)
+    return f"{what} in {'weight' if scales else 'output'}"
 
 
 def _time(call: _Call, plan: _Plan) -> tuple[float, float]:

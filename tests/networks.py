@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastseg
-from fastseg.nn import folding
+from fastseg.nn import conv, folding, sequential
 from fastseg.testing import assert_no_less_accurate
 
 
@@ -137,13 +137,14 @@ def block():
 def folds(monkeypatch):
     """A list that gets one entry for each folded convolution."""
     entries = []
-    mark = folding.mark
 
-    def counted(y, chain):
+    def counted(layer, chain, *args):
         entries.append(chain.activation_name)
-        return mark(y, chain)
+        return folded(layer, chain, *args)
 
-    monkeypatch.setattr(folding, "mark", counted)
+    folded = conv.folded
+    for module in (conv, sequential):
+        monkeypatch.setattr(module, "folded", counted)
     return entries
 
 

@@ -53,6 +53,18 @@ def flat(values):
     return [t.clone() for value in values for t in (value if isinstance(value, tuple) else (value,))]
 
 
+class InOrder(nn.ModuleList):
+    """A Sequential with a forward of its own."""
+
+    def __init__(self, *layers):
+        super().__init__(layers)
+
+    def forward(self, x):
+        for module in self:
+            x = module(x)
+        return x
+
+
 class TwoWays(nn.Module):
     def __init__(self):
         super().__init__()
@@ -164,9 +176,10 @@ def test_autocast(block, folds):
 )
 @pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU])
 @pytest.mark.parametrize("size", [3, 24], ids=["output", "weight"])
-def test_every_layer_and_activation(folds, layer, activation, size):
+@pytest.mark.parametrize("form", [nn.Sequential, InOrder])
+def test_every_layer_and_activation(folds, layer, activation, size, form):
     torch.manual_seed(0)
-    model = lively(nn.Sequential(copy.deepcopy(layer), nn.BatchNorm2d(layer.out_channels), activation())).eval()
+    model = lively(form(copy.deepcopy(layer), nn.BatchNorm2d(layer.out_channels), activation())).eval()
     x = torch.randn(1, 8, size + 4, size + 4)
     wanted = expected_chain(*copy.deepcopy(model).double(), x.double())
     assert_within(predict(fastseg.accelerate(model), x), wanted, "conv, norm, activation")
@@ -340,6 +353,60 @@ def test_block_used_twice(folds):
     model = lively(nn.Sequential(inner, inner)).eval()
     assert_like_native(fastseg.accelerate(model), "shared block")
     assert len(folds) == 2
+
+
+class Stage(nn.Sequential):
+    """A user's own class of Sequential."""
+
+
+@pytest.fixture
+def stage():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Identity(), nn.BatchNorm2d(4)
+    return lively(Stage(*layers)).eval()
+
+
+def test_sequential_keeps_its_class(stage, folds):
+    fastseg.accelerate(stage)
+    for model in (stage, copy.deepcopy(stage), pickle.loads(pickle.dumps(stage))):
+        assert isinstance(model, Stage)
+        assert type(model).__name__ == "Stage"
+        assert_like_native(model, "a subclass of Sequential")
+        assert type(fastseg.restore(model)) is Stage
+    assert len(folds) == 2 * 3
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_hook_inside_a_sequential_sees_what_it_always_saw(stage, folds, index):
+    wanted, seen = [], []
+    handle = stage[index].register_forward_hook(lambda module, args, y: wanted.append(y.clone()))
+    predict(stage, image())
+    handle.remove()
+    fastseg.accelerate(stage)
+    stage[index].register_forward_hook(lambda module, args, y: seen.append(y.clone()))
+    predict(stage, image())
+    torch.testing.assert_close(seen, wanted)
+    assert len(folds) == 1  # the other chain
+
+
+def test_children_of_a_sequential_change(stage, folds):
+    fastseg.accelerate(stage)
+    stage[2] = nn.Tanh()
+    assert_like_native(stage, "a child replaced")
+    stage.append(nn.ReLU())
+    assert_like_native(stage, "a child more")
+    stage[1].train()
+    with torch.no_grad():
+        stage(image())
+    assert "relu" not in folds
+    assert fastseg.restore(stage)[1].num_batches_tracked == 1
+
+
+def test_part_of_a_sequential_restored(stage, folds):
+    fastseg.accelerate(stage)
+    fastseg.restore(stage[0])
+    assert_like_native(stage, "a convolution restored")
+    assert folds == ["none"]
 
 
 def test_exception_leaves_nothing_armed(block):

@@ -61,7 +61,7 @@
 #if defined(__clang__)
 #define FASTSEG_UNROLL _Pragma("unroll")
 #else
-#define FASTSEG_UNROLL _Pragma("GCC unroll 16")
+#define FASTSEG_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define FASTSEG_INLINE inline __attribute__((always_inline))
 #define FASTSEG_NOINLINE __attribute__((noinline))
@@ -342,6 +342,19 @@ FASTSEG_INLINE void store_first(T* p, Vector<typename Accumulator<T>::type> v, i
 
 #endif
 
+template <class T, size_t... I>
+FASTSEG_INLINE Vector<T> zero_first_of(Vector<T> v, int64_t count, std::index_sequence<I...>) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const Vector<Index> lane = {static_cast<Index>(I)...};
+  return lane < static_cast<Index>(count) ? Vector<T>{} : v;
+}
+
+// The vector with zeros in its first `count` lanes.
+template <class T>
+FASTSEG_INLINE Vector<T> zero_first(Vector<T> v, int64_t count) {
+  return zero_first_of<T>(v, count, std::make_index_sequence<kLanes<T>>());
+}
+
 // Rows and columns exchanged: lane j of rows[i] becomes lane i of rows[j].
 template <class T, int64_t kHalf, size_t... I>
 FASTSEG_INLINE void exchange_quarters(Vector<T>& a, Vector<T>& b, std::index_sequence<I...>) {
@@ -401,18 +414,65 @@ FASTSEG_INLINE Vector<T> clamp(Vector<T> z, T low, T high) {  // NaN stays NaN
 }
 
 template <class T>
+FASTSEG_INLINE Vector<T> relu(Vector<T> z) {
+  return z < T(0) ? broadcast(T(0)) : z;
+}
+template <class T>
+FASTSEG_INLINE Vector<T> relu6(Vector<T> z) {
+  return clamp<T>(z, 0, 6);
+}
+template <class T>
+FASTSEG_INLINE Vector<T> hardswish(Vector<T> z) {
+  return z * clamp<T>(z + T(3), 0, 6) * T(1.0 / 6);
+}
+template <class T>
+FASTSEG_INLINE Vector<T> silu(Vector<T> z) {
+  return z / (T(1) + exp(-z));
+}
+
+template <class T>
 FASTSEG_INLINE Vector<T> activate(Vector<T> z, Activation activation) {
   switch (activation) {
     case Activation::kRelu:
-      return z < T(0) ? broadcast(T(0)) : z;
+      return relu<T>(z);
     case Activation::kRelu6:
-      return clamp<T>(z, 0, 6);
+      return relu6<T>(z);
     case Activation::kHardswish:
-      return z * clamp<T>(z + T(3), 0, 6) / T(6);
+      return hardswish<T>(z);
     case Activation::kSilu:
-      return z / (T(1) + exp(-z));
+      return silu<T>(z);
     default:
       return z;
+  }
+}
+
+template <class T>
+FASTSEG_NOINLINE void silu_all(Vector<T>* z, int count) {
+  for (int i = 0; i < count; ++i) z[i] = silu<T>(z[i]);
+}
+
+// The same for a kernel's accumulators, which stay in registers.
+template <class T, int kCount>
+FASTSEG_INLINE void activate_all(Vector<T>* z, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      FASTSEG_UNROLL for (int i = 0; i < kCount; ++i) z[i] = relu<T>(z[i]);
+      break;
+    case Activation::kRelu6:
+      FASTSEG_UNROLL for (int i = 0; i < kCount; ++i) z[i] = relu6<T>(z[i]);
+      break;
+    case Activation::kHardswish:
+      FASTSEG_UNROLL for (int i = 0; i < kCount; ++i) z[i] = hardswish<T>(z[i]);
+      break;
+    case Activation::kSilu: {
+      Vector<T> copy[kCount];  // z itself may not have an address
+      FASTSEG_UNROLL for (int i = 0; i < kCount; ++i) copy[i] = z[i];
+      silu_all<T>(copy, kCount);
+      FASTSEG_UNROLL for (int i = 0; i < kCount; ++i) z[i] = copy[i];
+      break;
+    }
+    default:
+      break;
   }
 }
 

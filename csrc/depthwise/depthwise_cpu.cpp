@@ -157,9 +157,9 @@ at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                // [N, C
   call.weight = filter_of(weight);
   if (bias) call.bias = filter_of(*bias);
   depthwise_cpu::Access access{};
-  access.source = input.stride(1) == 1 && (!call.runs.empty() || call.tiles_in_place);
-  access.target = output.stride(1) == 1 && call.multiplier == 1 &&
-                  call.activation == Activation::kNone && (item >= 4 || access.source);
+  access.source = input.stride(1) == 1;
+  access.target = output.stride(1) == 1 && call.multiplier == 1;
+  if (item < 4 && !(access.source && access.target)) access = {};  // in place all or none
   depthwise_cpu::cut_tasks(kernels.vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
   run(kernels.forward, call, call.tasks(), output.numel() * (shape.R * shape.S + 4),
       kernels.scratch_bytes(call));
@@ -209,7 +209,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
   access.source = grad_output.stride(1) == 1 && !call.runs.empty();
   access.target = output_mask[0] && grad_input.stride(1) == 1;
   access.x = input.stride(1) == 1;
-  if (item < 4) {  // 16-bit tensors are used in place by runs, and all or none
+  if (item < 4) {  // in place by runs, and all or none
     const bool all = access.source && access.x && (access.target || !output_mask[0]);
     access = {all, all, all};
   }

@@ -35,9 +35,13 @@ using depthwise_cpu::Block;
 using depthwise_cpu::Image;
 
 template <class A, class Source, class Target, bool kInput, bool kWeight>
-inline void compute_row(const Call& call, const RowJob<Source, Target, A>& row, FlatTap<A>* flat) {
-  if constexpr (std::is_same_v<Source, A> && std::is_same_v<Target, A>) {
-    if (call.runs.empty()) return tile_row<A, kInput, kWeight>(call.columns, row, flat);
+inline void compute_row(const Call& call, const RowJob<Source, Target, A>& row, void* flat) {
+  // The plan never asks for the sums of 16-bit tensors in tiles: those pass through scratch memory.
+  if constexpr (sizeof(Source) == sizeof(A) || !kWeight) {
+    if (call.runs.empty()) {
+      return tile_row<Source, Target, A, kInput, kWeight>(call.columns, row,
+                                                          static_cast<FlatTap<Source, A>*>(flat));
+    }
   }
   roll_row<A, Source, Target, kInput, kWeight>(call, row);
 }
@@ -60,7 +64,7 @@ struct Scratch {
   A *sources, *x, *target, *weight, *init, *totals;
   int64_t* held;
   void* row_taps;
-  FlatTap<A>* flat;
+  void* flat;
   int64_t bytes;
 
   Scratch(const Call& call, char* base) {
@@ -74,7 +78,7 @@ struct Scratch {
     totals = arena.take<A>(taps * lanes);
     held = arena.take<int64_t>(m * call.slots);
     row_taps = arena.take<RowTap<A, A>>(m * call.R);
-    flat = arena.take<FlatTap<A>>(taps);
+    flat = arena.take<FlatTap<A, A>>(taps);
     bytes = arena.used;
   }
 };
@@ -116,7 +120,8 @@ struct Task {
   // Elements to the row `rows` on, if it is worth fetching into the cache: from memory, and from
   // planes, which are too many streams for the hardware to follow.
   int64_t ahead(const Image& tensor, int64_t rows) const {
-    return call.large || tensor.stride_w == 1 ? rows * tensor.stride_h : 0;
+    const bool far = call.x.data == nullptr ? call.exceeds_l3() : call.exceeds_l2();
+    return far || tensor.stride_w == 1 ? rows * tensor.stride_h : 0;
   }
 
   void pack_weights() const {
@@ -156,11 +161,17 @@ struct Task {
     row->source_stride = rows.pixel_stride();
     const AxisClass& cls = call.rows.classes.data()[at % call.rows.period];
     const int64_t position = at / call.rows.period;
+    // Sources from here to there are new to the next target row, if that has the same taps.
+    const int64_t positions = call.walk.stride / call.rows.period;
+    const int64_t moved =
+        positions * call.rows.period == call.walk.stride ? positions * call.rows.step : 0;
     for (const Tap& tap : cls.taps) {
       const int64_t source = position * call.rows.step + tap.source;
       if (source < 0 || source >= call.rows.sources) continue;
       const int64_t offset = u * taps + tap.weight * call.S * lanes;
-      live[row->tap_count++] = {rows.row(source), scratch.weight + offset, scratch.totals + offset};
+      const bool next_is_new = rows.direct && tap.source + moved > cls.taps.end()[-1].source;
+      live[row->tap_count++] = {rows.row(source), next_is_new ? ahead(call.source, moved) : 0,
+                                scratch.weight + offset, scratch.totals + offset};
     }
   }
 
@@ -169,16 +180,19 @@ struct Task {
   void compute(RowJob<Source, Target, A> row, S* tensor_row, int64_t stride_c,
                int64_t stride_w) const {
     row.lanes = lanes;
+    row.channels = block.direct() ? block.channels : lanes;
     if constexpr (std::is_same_v<S, Target>) {
       if (block.direct_target || !kInput) {
         row.target = tensor_row;
         row.target_stride = stride_w;
+        row.activation = call.activation;
         return compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       }
     }
     if constexpr (std::is_same_v<A, Target>) {
       row.target = scratch.target;
       row.target_stride = lanes;
+      row.activation = Activation::kNone;  // unpack_row's
       compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       if constexpr (kInput) {
         unpack_row(scratch.target, lanes, block.channels, call.columns.targets, call.activation,
@@ -196,7 +210,6 @@ struct Task {
       for (int64_t u = 0; u < m; ++u) {
         RowJob<Source, Target, A> row{};
         row.init = scratch.init + u * lanes;
-        row.source_ahead = rows.direct ? rows.ahead : 0;
         add_row_taps(at, rows, u, &row);
         S* y = plane<S>(call.target, block.begin * m + u) + at * call.target.stride_h;
         compute<true, false>(row, y, call.target.stride_c * m, call.target.stride_w);
@@ -237,7 +250,6 @@ struct Task {
       row.init = scratch.init;
       for (int64_t u = 0; u < m; ++u) {
         const SourceRows<S, Source> rows = sources(block.begin * m + u, m, u);
-        row.source_ahead = rows.direct ? rows.ahead : 0;
         add_row_taps(at, rows, u, &row);
       }
       if constexpr (kWeight) set_x(at, &row);
@@ -258,6 +270,7 @@ struct Task {
   void backward_bias() const {
     const int64_t m = call.multiplier;
     const int64_t last = call.rows.sources * (band + 1) / call.bands;
+    const int64_t channels = block.direct() ? block.channels : lanes;
     for (int64_t u = 0; u < m; ++u) {
       A* total = partial + m * taps + u * lanes;
       for (int64_t c = 0; c < lanes; ++c) total[c] = 0;
@@ -265,10 +278,12 @@ struct Task {
       const int64_t stride = rows.pixel_stride();
       for (int64_t p = call.rows.sources * band / call.bands; p < last; ++p) {
         const Source* row = rows.row(p);
-        for (int64_t c = 0; c < lanes; c += kLanes<A>) {
+        for (int64_t c = 0; c < channels; c += kLanes<A>) {
+          const VectorAt<A> at(c, channels);
           Vector<A> sum{};
-          for (int64_t q = 0; q < rows.pixels; ++q) sum += load(row + q * stride + c);
-          store(total + c, load(total + c) + sum);
+          for (int64_t q = 0; q < rows.pixels; ++q) sum += load(row + q * stride + at.channel);
+          A* sums = total + at.channel;
+          store(sums, load(sums) + zero_first<A>(sum, at.overlap));
         }
       }
     }
@@ -297,12 +312,10 @@ inline void forward(const Call& call, int64_t first, int64_t last, char* buffer)
   const Scratch<A> scratch(call, buffer);
   for (int64_t index = first; index < last; ++index) {
     const Block& block = call.blocks.data()[index % call.block_count()];
-    if (!block.direct_source) {
-      Task<S, A, A>(call, scratch, index).forward();
-    } else if (block.direct_target) {
+    if (block.direct_source) {
       Task<S, S, S>(call, scratch, index).forward();
     } else {
-      Task<S, S, A>(call, scratch, index).forward();
+      Task<S, A, A>(call, scratch, index).forward();
     }
   }
 }

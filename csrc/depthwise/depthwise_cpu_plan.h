@@ -154,11 +154,13 @@ struct Filter {
   int64_t stride_k, stride_r, stride_s;
 };
 
-// The channels of one task. Direct tensors are read or written in place, in whole vectors; others
-// pass through scratch memory row by row.
+// The channels of one task. Direct tensors are read or written in place, and the block has at least
+// a vector of channels then; others pass through scratch memory row by row.
 struct Block {
   int64_t begin, channels;
   bool direct_source, direct_target, direct_x;
+
+  bool direct() const { return direct_source || direct_target || direct_x; }
 };
 
 // One call. Tasks are numbered [N][bands][blocks]; the cut never depends on the number of threads.
@@ -173,8 +175,7 @@ struct Call {
   int64_t bands;
   std::vector<Block> blocks;
   int64_t block_lanes;  // of the widest block, in whole vectors
-  bool large;           // the tensors come from memory, not from the last-level cache
-  bool tiles_in_place;  // tiles work on sources in place, as runs do
+  int64_t bytes;        // of all large tensors, roughly
   Activation activation;
   Image source, target;
   Filter weight, bias;
@@ -184,14 +185,18 @@ struct Call {
   void* partial;  // [N][bands][blocks][partial_size()], in the accumulation type
   Filter grad_weight, grad_bias;
 
+  // Whether the tensors are too large for the L2 cache, or for a share of the last-level cache.
+  bool exceeds_l2() const { return bytes >= int64_t{8} << 20; }
+  bool exceeds_l3() const { return bytes >= int64_t{18} << 20; }
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
   int64_t tasks() const { return N * bands * block_count(); }
   // A task's sums: of `multiplier` filters, then of as many biases.
   int64_t partial_size() const { return multiplier * (R * S + 1) * block_lanes; }
 };
 
-// What both directions share. `item`: bytes of an element in memory.
-inline Call plan(const ConvShape& shape, int64_t item) {
+// What both directions share. `item`: bytes of an element in memory, `tensors`: as large as the
+// input.
+inline Call plan(const ConvShape& shape, int64_t item, int64_t tensors) {
   Call call{};
   call.N = shape.N;
   call.C = shape.C;
@@ -199,18 +204,18 @@ inline Call plan(const ConvShape& shape, int64_t item) {
   call.R = shape.R;
   call.S = shape.S;
   call.dilation_w = shape.dilation_w;
-  call.large = shape.N * shape.C * shape.H * shape.W * item >= (int64_t{8} << 20);
+  call.bytes = tensors * shape.N * shape.C * shape.H * shape.W * item;
   return call;
 }
 
 // Runs need several positions in a row for every one at its ends.
 inline bool runs_pay(const ConvShape& shape, const Call& call) {
   return shape.S == 3 && shape.R <= 3 && shape.stride_w == 1 &&
-         call.columns.targets >= 6 * shape.dilation_w;
+         call.columns.targets >= 5 * shape.dilation_w;
 }
 
 inline Call plan_forward(const ConvShape& shape, int64_t item) {
-  Call call = plan(shape, item);
+  Call call = plan(shape, item, 2);
   call.rows =
       output_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
   call.columns =
@@ -218,16 +223,14 @@ inline Call plan_forward(const ConvShape& shape, int64_t item) {
   call.walk = {shape.P,
                std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
   call.source_row_stride = shape.dilation_h;
-  // From memory the order of pixels counts for more than the number of loads: tiles.
-  call.tiles_in_place = call.large && item >= 4 && shape.dilation_w == 1 && runs_pay(shape, call);
-  if (runs_pay(shape, call) && !call.tiles_in_place) {
-    call.runs = cut_runs(call.columns, shape.dilation_w);
-  }
+  // For long rows from memory the order of pixels counts for more than the number of loads: tiles.
+  const bool tiles = call.exceeds_l3() && shape.dilation_w == 1 && call.columns.targets >= 96;
+  if (runs_pay(shape, call) && !tiles) call.runs = cut_runs(call.columns, shape.dilation_w);
   return call;
 }
 
 inline Call plan_backward(const ConvShape& shape, int64_t item) {
-  Call call = plan(shape, item);
+  Call call = plan(shape, item, 3);
   call.rows =
       input_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
   call.columns =
@@ -260,17 +263,29 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
 
   // Bytes of a pixel that a task reads: enough for whole pages and prefetchers to pay, and more
   // where the distance of pixels is a power of two, which leaves only a few sets of every cache.
-  // The rows in use have to fit half of a small L2 cache.
   const bool channels_last = call->source.stride_c == 1;
   const bool aliased = channels_last && call->source.stride_w * item % 1024 == 0;
-  const bool wide = access.source && (aliased || call->tiles_in_place);
-  const int64_t pixel = !channels_last ? 128 : wide ? 1024 : aliased ? 512 : 256;
+  const bool tiles = call->runs.empty();
+  int64_t pixel = 128;
+  if (access.source) {
+    pixel = aliased ? 2048 : tiles || call->exceeds_l2() ? 1024 : 256;
+  } else if (channels_last) {
+    pixel = aliased ? 512 : 256;
+  }
   int64_t lanes = pixel / item;
+  const int64_t narrowest = (access.source && tiles ? 256 : 128) / item;
+  // The rows in use have to fit the L2 cache, with room for the rows of scratch memory.
   const int64_t row = width * std::max<int64_t>(item, 4);  // bytes for each channel
-  const int64_t cache = int64_t{512} << 10;
-  while (lanes * item > 128 &&
-         ((call->R + 1) * row * lanes > cache || lanes >= 2 * call->C ||
-          2 * call->N * ceil_div(call->C, lanes) * max_bands(call->R) < wanted)) {
+  const int64_t l2 = int64_t{access.source ? 768 : 512} << 10;
+  // What neighbouring sliding tiles of eight targets share has to stay in the L1 cache.
+  const int64_t l1 = int64_t{40} << 10;
+  int64_t tile = 0;
+  if (access.source && tiles && call->dilation_w <= 2) {
+    tile = call->R * (7 * call->columns.step + (call->S - 1) * call->dilation_w + 1) * item;
+  }
+  while (lanes > narrowest &&
+         ((call->R + 1) * row * lanes > l2 || tile * lanes > l1 || lanes >= 2 * call->C ||
+          3 * call->N * ceil_div(call->C, lanes) * max_bands(call->R) < wanted)) {
     lanes /= 2;
   }
   lanes = std::max(lanes, vector);
@@ -279,19 +294,21 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   // cache are better walked straight through.
   call->slots = call->R;
   const int64_t span = (call->R - 1) * call->source_row_stride + 1;
-  if (!channels_last && (std::min(span, call->rows.sources) + 1) * row * lanes <= cache) {
+  if (!channels_last && (std::min(span, call->rows.sources) + 1) * row * lanes <= l2) {
     call->slots = std::min(span, call->rows.sources);
     call->source_row_stride = 1;
     call->walk.stride = 1;
   }
 
-  const int64_t whole = access.source || access.target || access.x ? call->C / vector * vector : 0;
-  call->blocks.reserve(call->C / lanes + 2);
-  for (int64_t c = 0; c < whole; c += lanes) {
-    call->blocks.push_back({c, std::min(lanes, whole - c), access.source, access.target, access.x});
-  }
-  for (int64_t c = whole; c < call->C; c += lanes) {
-    call->blocks.push_back({c, std::min(lanes, call->C - c), false, false, false});
+  const bool direct = call->C >= vector && (access.source || access.target || access.x);
+  if (!direct) access = {};
+  call->blocks.reserve(ceil_div(call->C, lanes));
+  for (int64_t c = 0; c < call->C;) {
+    // A remainder narrower than a vector stays with its neighbour.
+    const int64_t rest = call->C - c;
+    const int64_t channels = direct && rest < lanes + vector ? rest : std::min(lanes, rest);
+    call->blocks.push_back({c, channels, access.source, access.target, access.x});
+    c += channels;
   }
   for (const Block& block : call->blocks) {
     call->block_lanes = std::max(call->block_lanes, round_up(block.channels, vector));

@@ -28,15 +28,15 @@ struct Roller {
   const Source* source[kArray];
   const Source* x_at;
   Target* target;
+  Activation activation;
   int64_t at, source_step, target_step, x_step;
   int64_t targets, live_from, live_to;  // steps [live_from, live_to) have a source
 
-  FASTSEG_INLINE void begin(const RowJob<Source, Target, A>& row, const Run& run, const Tap* taps,
-                            int64_t dilation, int64_t c) {
+  FASTSEG_INLINE void begin(const RowJob<Source, Target, A>& row, const Tap* taps, int64_t dilation,
+                            int64_t c) {
     FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
       if constexpr (kInput) init[g] = load(row.init + c + g * n);
       FASTSEG_UNROLL for (int t = 0; t < 3; ++t) {
-        acc[g][t] = x[g][t] = Vector<A>{};
         FASTSEG_UNROLL for (int r = 0; r < kRows; ++r) {
           if constexpr (kInput) {
             weight[g][r][t] = load(row.taps[r].weight + taps[t].weight * row.lanes + c + g * n);
@@ -45,14 +45,21 @@ struct Roller {
         }
       }
     }
+    activation = row.activation;
+    source_step = dilation * row.source_stride;
+    target_step = dilation * row.target_stride;
+    x_step = dilation * row.x_stride;
+  }
+
+  FASTSEG_INLINE void begin_run(const RowJob<Source, Target, A>& row, const Run& run, int64_t c) {
+    FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+      FASTSEG_UNROLL for (int t = 0; t < 3; ++t) acc[g][t] = x[g][t] = Vector<A>{};
+    }
     FASTSEG_UNROLL for (int r = 0; r < kRows; ++r) {
       source[r] = row.taps[r].source + run.source * row.source_stride + c;
     }
     target = kInput ? row.target + run.target * row.target_stride + c : nullptr;
     x_at = kWeight ? row.x + run.target * row.x_stride + c : nullptr;
-    source_step = dilation * row.source_stride;
-    target_step = dilation * row.target_stride;
-    x_step = dilation * row.x_stride;
     at = -run.pad * source_step;
     targets = run.targets;
     live_from = run.pad;
@@ -78,7 +85,10 @@ struct Roller {
   FASTSEG_INLINE void close() {
     at += source_step;
     if constexpr (kInput) {
-      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) store(target + g * n, acc[g][2]);
+      Vector<A> closed[kGroup];
+      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) closed[g] = acc[g][2];
+      if constexpr (!kWeight) activate_all<A, kGroup>(closed, activation);
+      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) store(target + g * n, closed[g]);
       target += target_step;
     }
   }
@@ -123,11 +133,13 @@ struct Roller {
     }
   }
 
-  FASTSEG_INLINE void add_sums(const RowJob<Source, Target, A>& row, const Tap* taps, int64_t c) {
+  FASTSEG_INLINE void add_sums(const RowJob<Source, Target, A>& row, const Tap* taps, int64_t c,
+                               int64_t overlap) {
     FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
       FASTSEG_UNROLL for (int r = 0; r < kRows; ++r) {
         FASTSEG_UNROLL for (int t = 0; t < 3; ++t) {
           A* total = row.taps[r].grad_weight + taps[t].weight * row.lanes + c + g * n;
+          if (overlap > 0) sum[g][r][t] = zero_first<A>(sum[g][r][t], overlap);
           store(total, load(total) + sum[g][r][t]);
         }
       }
@@ -135,38 +147,41 @@ struct Roller {
   }
 };
 
+// All runs of a row, for kGroup vectors of channels.
 template <class A, class Source, class Target, int kRows, int kGroup, bool kInput, bool kWeight>
-FASTSEG_NOINLINE void roll(const RowJob<Source, Target, A>& row, const Run& run, const Tap* taps,
-                           int64_t dilation, int64_t c) {
+FASTSEG_NOINLINE void roll(const Call& call, const RowJob<Source, Target, A>& row, int64_t c,
+                           int64_t overlap) {
+  const Tap* taps = call.columns.classes.data()[0].taps.data();
+  const int64_t source_ahead = kRows > 0 ? row.taps[kRows - 1].ahead : 0, x_ahead = row.x_ahead;
   Roller<A, Source, Target, kRows, kGroup, kInput, kWeight> roller;
-  roller.begin(row, run, taps, dilation, c);
-  const int64_t targets = run.targets;
-  const int64_t inner_from = run.pad > 2 ? run.pad : 2;
-  const int64_t inner_to = min_of(targets, run.sources + run.pad);
-  const int64_t source_ahead = row.source_ahead, x_ahead = row.x_ahead;
-  int64_t j = 0;
-  for (; j < inner_from && j < targets + 2; ++j) roller.edge(j);
-  for (; j < inner_to; ++j) roller.inner(source_ahead, x_ahead);
-  for (; j < targets + 2; ++j) roller.edge(j);
-  if constexpr (kWeight) roller.add_sums(row, taps, c);
+  roller.begin(row, taps, call.dilation_w, c);
+  for (const Run& run : call.runs) {
+    roller.begin_run(row, run, c);
+    const int64_t targets = run.targets;
+    const int64_t inner_from = run.pad > 2 ? run.pad : 2;
+    const int64_t inner_to = min_of(targets, run.sources + run.pad);
+    int64_t j = 0;
+    for (; j < inner_from && j < targets + 2; ++j) roller.edge(j);
+    for (; j < inner_to; ++j) roller.inner(source_ahead, x_ahead);
+    for (; j < targets + 2; ++j) roller.edge(j);
+  }
+  if constexpr (kWeight) roller.add_sums(row, taps, c, overlap);
 }
 
 template <class A, class Source, class Target, int kRows, bool kInput, bool kWeight>
 inline void roll_rows(const Call& call, const RowJob<Source, Target, A>& row) {
   // Two vectors of channels at a time hide the latency of the sums, where the registers suffice.
-  constexpr int kGroup = kWeight || FASTSEG_SIMD_BYTES != 64 ? 1 : 2;
+  constexpr int kGroup = kWeight || !kManyRegisters ? 1 : 2;
   constexpr int64_t n = kLanes<A>;
-  const Tap* taps = call.columns.classes.data()[0].taps.data();
-  for (const Run& run : call.runs) {
-    int64_t c = 0;
-    for (; c + kGroup * n <= row.lanes; c += kGroup * n) {
-      roll<A, Source, Target, kRows, kGroup, kInput, kWeight>(row, run, taps, call.dilation_w, c);
+  int64_t c = 0;
+  if constexpr (kGroup > 1) {
+    for (; c + kGroup * n <= row.channels; c += kGroup * n) {
+      roll<A, Source, Target, kRows, kGroup, kInput, kWeight>(call, row, c, 0);
     }
-    if constexpr (kGroup > 1) {
-      for (; c < row.lanes; c += n) {
-        roll<A, Source, Target, kRows, 1, kInput, kWeight>(row, run, taps, call.dilation_w, c);
-      }
-    }
+  }
+  for (; c < row.channels; c += n) {
+    const VectorAt<A> at(c, row.channels);
+    roll<A, Source, Target, kRows, 1, kInput, kWeight>(call, row, at.channel, at.overlap);
   }
 }
 

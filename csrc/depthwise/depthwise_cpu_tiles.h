@@ -25,6 +25,7 @@ using depthwise_cpu::Tap;
 template <class Source, class A>
 struct RowTap {
   const Source* source;
+  int64_t ahead;  // elements to a row that the next target row reads first, to fetch it, or 0
   const A* weight;
   A* grad_weight;
 };
@@ -38,36 +39,52 @@ struct RowJob {
   const A* init;  // [lanes], what every target starts from
   Target* target;
   int64_t target_stride;
+  Activation activation;
   const Source* x;  // the row of x under the target row, for grad_weight
   int64_t x_stride;
-  int64_t lanes;
-  int64_t source_ahead, x_ahead;  // elements to the row that the next target row reads first, or 0
+  int64_t lanes;     // from filter tap to filter tap
+  int64_t channels;  // at least a vector of them
+  int64_t x_ahead;   // elements to the row of x to fetch into the cache, or 0
 };
 
 // One live tap of a segment, at its position 0.
-template <class A>
+template <class Source, class A>
 struct FlatTap {
-  const A* source;
+  const Source* source;
+  int64_t ahead;
   const A* weight;
   A* grad_weight;
 };
 
-template <class A>
+template <class Source, class Target, class A>
 struct TileJob {
-  const FlatTap<A>* taps;
-  const FlatTap<A>* taps_end;
+  const FlatTap<Source, A>* taps;
+  const FlatTap<Source, A>* taps_end;
   int64_t source_step, target_step, x_step;  // elements from position to position
+  int64_t source_pixel;                      // elements from column to column
   const A* init;
-  A* target;
-  const A* x;
-  int64_t lanes;
+  Target* target;
+  Activation activation;
+  const Source* x;
+  int64_t channels;
   int64_t weight_step;  // slide: elements from filter column to filter column
-  int64_t ahead;        // slide: elements to the source row to fetch into the cache, or 0
+};
+
+// The vectors of a row start at channels 0, n, 2n, ..., but the last one ends with the last
+// channel: it overlaps the one before it, and computes again what that did. Sums over x must not
+// count the overlap twice.
+template <class A>
+struct VectorAt {
+  int64_t channel, overlap;
+
+  FASTSEG_INLINE VectorAt(int64_t c, int64_t channels)
+      : channel(min_of(c, channels - kLanes<A>)), overlap(c - channel) {}
 };
 
 // kGroup vectors of channels at once, from channel c.
-template <class A, int kTile, int kGroup, bool kInput, bool kWeight>
-FASTSEG_INLINE void tile(const TileJob<A>& job, int64_t position, int64_t c) {
+template <class Source, class Target, class A, int kTile, int kGroup, bool kInput, bool kWeight>
+FASTSEG_INLINE void tile(const TileJob<Source, Target, A>& job, int64_t position, int64_t c,
+                         int64_t overlap) {
   constexpr int64_t n = kLanes<A>;
   Vector<A> acc[kGroup][kTile], x[kGroup][kTile];
   if constexpr (kInput) {
@@ -76,7 +93,7 @@ FASTSEG_INLINE void tile(const TileJob<A>& job, int64_t position, int64_t c) {
     }
   }
   if constexpr (kWeight) {
-    const A* x_at = job.x + position * job.x_step + c;
+    const Source* x_at = job.x + position * job.x_step + c;
     FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
       FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) x[g][j] = load(x_at + g * n);
       x_at += job.x_step;
@@ -84,8 +101,8 @@ FASTSEG_INLINE void tile(const TileJob<A>& job, int64_t position, int64_t c) {
     }
   }
   const int64_t at = position * job.source_step + c;
-  for (const FlatTap<A>* tap = job.taps; tap != job.taps_end; ++tap) {
-    const A* source = tap->source + at;
+  for (const FlatTap<Source, A>* tap = job.taps; tap != job.taps_end; ++tap) {
+    const Source* source = tap->source + at;
     Vector<A> weight[kGroup], even[kGroup], odd[kGroup];
     FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
       if constexpr (kInput) weight[g] = load(tap->weight + c + g * n);
@@ -110,12 +127,15 @@ FASTSEG_INLINE void tile(const TileJob<A>& job, int64_t position, int64_t c) {
     if constexpr (kWeight) {
       A* sum = tap->grad_weight + c;
       FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
-        store(sum + g * n, load(sum + g * n) + (even[g] + odd[g]));
+        Vector<A> added = even[g] + odd[g];
+        if (overlap > 0) added = zero_first<A>(added, overlap);
+        store(sum + g * n, load(sum + g * n) + added);
       }
     }
   }
   if constexpr (kInput) {
-    A* target = job.target + position * job.target_step + c;
+    activate_all<A, kGroup * kTile>(acc[0], job.activation);
+    Target* target = job.target + position * job.target_step + c;
     FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
       FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) store(target + g * n, acc[g][j]);
       target += job.target_step;
@@ -124,138 +144,198 @@ FASTSEG_INLINE void tile(const TileJob<A>& job, int64_t position, int64_t c) {
   }
 }
 
-// The same for three neighbouring filter columns, of which the list holds the first of each row: a
-// source is loaded once a row and slides through the three.
-template <class A, int kTile>
-FASTSEG_INLINE void slide(const TileJob<A>& job, int64_t position, int64_t c) {
-  Vector<A> acc[kTile];
-  FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) acc[j] = load(job.init + c);
-  const int64_t at = position * job.source_step + c;
-  const A* source = job.init;
-  for (const FlatTap<A>* tap = job.taps; tap != job.taps_end; ++tap) {
-    source = tap->source + at;
-    Vector<A> weight[3];
-    FASTSEG_UNROLL for (int t = 0; t < 3; ++t) weight[t] =
-        load(tap->weight + t * job.weight_step + c);
-    FASTSEG_UNROLL for (int i = 0; i < kTile + 2; ++i) {
-      const Vector<A> value = load(source);
-      source += job.source_step;
+// The same for kTaps neighbouring filter columns, of which the list holds the first of each row: a
+// source is loaded once a row and slides through all of them.
+template <class Source, class Target, class A, int kTile, int kTaps, int kStep, int kDilation,
+          int kGroup>
+FASTSEG_INLINE void slide(const TileJob<Source, Target, A>& job, int64_t position, int64_t c) {
+  constexpr int64_t n = kLanes<A>;
+  constexpr int kReach = (kTile - 1) * kStep + (kTaps - 1) * kDilation + 1;
+  Vector<A> acc[kGroup][kTile];
+  FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+    FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) acc[g][j] = load(job.init + c + g * n);
+  }
+  const int64_t at = position * job.source_step + c, pixel = job.source_pixel;
+  for (const FlatTap<Source, A>* tap = job.taps; tap != job.taps_end; ++tap) {
+    const Source* source = tap->source + at;
+    Vector<A> weight[kGroup][kTaps];
+    FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+      FASTSEG_UNROLL for (int t = 0; t < kTaps; ++t) {
+        weight[g][t] = load(tap->weight + t * job.weight_step + c + g * n);
+      }
+    }
+    FASTSEG_UNROLL for (int i = 0; i < kReach; ++i) {
+      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+        const Vector<A> value = load(source + g * n);
+        FASTSEG_UNROLL for (int t = 0; t < kTaps; ++t) {
+          const int from = i - t * kDilation;
+          if (from >= 0 && from % kStep == 0 && from / kStep < kTile) {
+            acc[g][from / kStep] += weight[g][t] * value;
+          }
+        }
+      }
+      source += pixel;
       FASTSEG_OPAQUE(source);
-      FASTSEG_UNROLL for (int t = 0; t < 3; ++t) {
-        if (i - t >= 0 && i - t < kTile) acc[i - t] += weight[t] * value;
+    }
+    if (tap->ahead != 0) {
+      FASTSEG_UNROLL for (int i = 0; i < kTile * kStep; ++i) {
+        source -= pixel;
+        FASTSEG_OPAQUE(source);
+        FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+          __builtin_prefetch(source + tap->ahead + g * n);
+        }
       }
     }
   }
-  if (job.ahead != 0) {
-    FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
-      source -= job.source_step;
-      FASTSEG_OPAQUE(source);
-      __builtin_prefetch(source + job.ahead);
-    }
-  }
-  A* target = job.target + position * job.target_step + c;
+  activate_all<A, kGroup * kTile>(acc[0], job.activation);
+  Target* target = job.target + position * job.target_step + c;
   FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
-    store(target, acc[j]);
+    FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) store(target + g * n, acc[g][j]);
     target += job.target_step;
     FASTSEG_OPAQUE(target);
   }
 }
 
-template <class A, int kTile, bool kSlide, bool kInput, bool kWeight>
-FASTSEG_NOINLINE void tiles(const TileJob<A>& shared, int64_t position, int64_t count) {
-  constexpr int64_t n = kLanes<A>;
-  // Narrow tiles, at the border, take more channels at once to keep the multipliers busy.
-  constexpr int kGroup = kSlide ? 1 : kTile == 1 ? 4 : kTile == 2 ? 2 : 1;
-  const TileJob<A> job = shared;
-  for (; count > 0; --count, position += kTile) {
-    int64_t c = 0;
-    for (; c + kGroup * n <= job.lanes; c += kGroup * n) {
-      if constexpr (kSlide) {
-        slide<A, kTile>(job, position, c);
-      } else {
-        tile<A, kTile, kGroup, kInput, kWeight>(job, position, c);
-      }
-    }
-    if constexpr (kGroup > 1) {
-      for (; c < job.lanes; c += n) tile<A, kTile, 1, kInput, kWeight>(job, position, c);
-    }
-  }
-}
-
-template <class A, bool kSlide, bool kInput, bool kWeight>
-inline void tiles_of_width(const TileJob<A>& job, int64_t width, int64_t position, int64_t count) {
-  switch (width) {
-    case 8:
-      return tiles<A, 8, kSlide, kInput, kWeight>(job, position, count);
-    case 7:
-      return tiles<A, 7, kSlide, kInput, kWeight>(job, position, count);
-    case 6:
-      return tiles<A, 6, kSlide, kInput, kWeight>(job, position, count);
-    case 5:
-      return tiles<A, 5, kSlide, kInput, kWeight>(job, position, count);
-    case 4:
-      return tiles<A, 4, kSlide, kInput, kWeight>(job, position, count);
-    case 3:
-      return tiles<A, 3, kSlide, kInput, kWeight>(job, position, count);
-    case 2:
-      return tiles<A, 2, kSlide, kInput, kWeight>(job, position, count);
-    default:
-      return tiles<A, 1, kSlide, kInput, kWeight>(job, position, count);
-  }
-}
-
-// Tiles of two widths that differ by one.
-template <class A, bool kSlide, bool kInput, bool kWeight>
-inline void cover(const TileJob<A>& job, int64_t positions) {
-  // Accumulators, x and temporaries must fit the registers: 32 with AVX-512, 16 before.
-  constexpr int64_t widest = kWeight && FASTSEG_SIMD_BYTES != 64 ? 4 : 8;
-  const int64_t count = (positions + widest - 1) / widest;
-  const int64_t width = positions / count, wider = positions % count;
-  if (wider > 0) tiles_of_width<A, kSlide, kInput, kWeight>(job, width + 1, 0, wider);
-  tiles_of_width<A, kSlide, kInput, kWeight>(job, width, wider * (width + 1), count - wider);
-}
+// What a loop over tiles calls, and how wide its tiles may be: accumulators, x and temporaries must
+// fit the registers, 32 with AVX-512 and 16 before.
+constexpr bool kManyRegisters = FASTSEG_SIMD_BYTES == 64;
 
 template <class A, bool kInput, bool kWeight>
-inline void tile_row(const Axis& columns, const RowJob<A, A, A>& row, FlatTap<A>* flat) {
-  TileJob<A> job;
+struct AnyTaps {
+  static constexpr int64_t kNarrowest = 1, kWidest = kWeight && !kManyRegisters ? 4 : 8;
+
+  template <int kTile, class Source, class Target>
+  static FASTSEG_INLINE void run(const TileJob<Source, Target, A>& job, int64_t position) {
+    constexpr int64_t n = kLanes<A>;
+    // Narrow tiles, at the border, take more channels at once to keep the multipliers busy.
+    constexpr int kGroup = kTile == 1 ? 4 : kTile == 2 ? 2 : 1;
+    int64_t c = 0;
+    if constexpr (kGroup > 1) {
+      for (; c + kGroup * n <= job.channels; c += kGroup * n) {
+        tile<Source, Target, A, kTile, kGroup, kInput, kWeight>(job, position, c, 0);
+      }
+    }
+    for (; c < job.channels; c += n) {
+      const VectorAt<A> at(c, job.channels);
+      tile<Source, Target, A, kTile, 1, kInput, kWeight>(job, position, at.channel, at.overlap);
+    }
+  }
+};
+
+template <class A, int kTaps, int kStep, int kDilation>
+struct Sliding {
+  static constexpr int64_t kNarrowest = 4, kWidest = kManyRegisters || kTaps == 3 ? 8 : 6;
+
+  template <int kTile, class Source, class Target>
+  static FASTSEG_INLINE void run(const TileJob<Source, Target, A>& job, int64_t position) {
+    constexpr int64_t n = kLanes<A>;
+    // With two new sources a target the loads are the limit: whole pairs of cache lines.
+    constexpr int kGroup = kManyRegisters && kStep == 2 && kTaps <= 5 ? 2 : 1;
+    int64_t c = 0;
+    if constexpr (kGroup > 1) {
+      for (; c + kGroup * n <= job.channels; c += kGroup * n) {
+        slide<Source, Target, A, kTile, kTaps, kStep, kDilation, kGroup>(job, position, c);
+      }
+    }
+    for (; c < job.channels; c += n) {
+      const VectorAt<A> at(c, job.channels);
+      slide<Source, Target, A, kTile, kTaps, kStep, kDilation, 1>(job, position, at.channel);
+    }
+  }
+};
+
+template <class Form, int kTile, class Job>
+FASTSEG_NOINLINE void tiles(const Job& shared, int64_t position, int64_t count) {
+  const Job job = shared;
+  for (; count > 0; --count, position += kTile) Form::template run<kTile>(job, position);
+}
+
+template <class Form, int kTile, class Job>
+inline void tiles_of_width(const Job& job, int64_t width, int64_t position, int64_t count) {
+  if constexpr (kTile > Form::kNarrowest) {
+    if (width < kTile) return tiles_of_width<Form, kTile - 1>(job, width, position, count);
+  }
+  tiles<Form, kTile>(job, position, count);
+}
+
+// Tiles of two widths that differ by one. False if there are too few positions for the form.
+template <class Form, class Job>
+inline bool cover(const Job& job, int64_t positions) {
+  const int64_t count = (positions + Form::kWidest - 1) / Form::kWidest;
+  const int64_t width = positions / count, wider = positions % count;
+  if (width < Form::kNarrowest) return false;
+  constexpr int kWidest = Form::kWidest;
+  if (wider > 0) tiles_of_width<Form, kWidest>(job, width + 1, 0, wider);
+  tiles_of_width<Form, kWidest>(job, width, wider * (width + 1), count - wider);
+  return true;
+}
+
+template <class A, int kTaps, class Job>
+inline bool cover_sliding(const Job& job, int64_t step, int64_t dilation, int64_t positions) {
+  if (step == 1 && dilation == 1) return cover<Sliding<A, kTaps, 1, 1>>(job, positions);
+  if (step == 2 && dilation == 1) return cover<Sliding<A, kTaps, 2, 1>>(job, positions);
+  if (step == 1 && dilation == 2) return cover<Sliding<A, kTaps, 1, 2>>(job, positions);
+  return false;
+}
+
+// Covers a segment with sliding tiles, if there are any for such taps.
+template <class A, class Job>
+inline bool cover_sliding(const Job& job, int64_t taps, int64_t step, int64_t dilation,
+                          int64_t positions) {
+  if (taps == 3) return cover_sliding<A, 3>(job, step, dilation, positions);
+  if (taps == 5) return cover_sliding<A, 5>(job, step, dilation, positions);
+  if (taps == 7) return cover_sliding<A, 7>(job, step, dilation, positions);
+  return false;
+}
+
+// The first `count` of the live taps of a segment, for every filter row.
+template <class Source, class Target, class A>
+inline FlatTap<Source, A>* flatten(const RowJob<Source, Target, A>& row, const Tap* live,
+                                   int64_t count, int64_t first_source, FlatTap<Source, A>* flat) {
+  for (int64_t r = 0; r < row.tap_count; ++r) {
+    const RowTap<Source, A>& tap = row.taps[r];
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t weight = live[t].weight * row.lanes;
+      const int64_t column = live[t].source + first_source;
+      *flat++ = {tap.source + column * row.source_stride, tap.ahead, tap.weight + weight,
+                 tap.grad_weight + weight};
+    }
+  }
+  return flat;
+}
+
+template <class Source, class Target, class A, bool kInput, bool kWeight>
+inline void tile_row(const Axis& columns, const RowJob<Source, Target, A>& row,
+                     FlatTap<Source, A>* flat) {
+  TileJob<Source, Target, A> job;
   job.taps = flat;
+  job.source_pixel = row.source_stride;
   job.source_step = columns.step * row.source_stride;
   job.target_step = columns.period * row.target_stride;
   job.x_step = columns.period * row.x_stride;
   job.init = row.init;
-  job.lanes = row.lanes;
-  job.weight_step = 0;
-  job.ahead = row.source_ahead;
+  job.activation = row.activation;
+  job.channels = row.channels;
   int64_t index = 0;
   for (const AxisClass& cls : columns.classes) {
     for (const Segment& segment : cls.segments) {
       const Tap* live = cls.taps.data() + segment.first;
       const int64_t live_count = segment.last - segment.first;
-      const bool slides = kInput && !kWeight && columns.step == 1 && live_count == 3 &&
-                          live[1].source - live[0].source == 1;
-      if (slides) job.weight_step = (live[1].weight - live[0].weight) * row.lanes;
-      FlatTap<A>* end = flat;
-      for (int64_t r = 0; r < row.tap_count; ++r) {
-        const RowTap<A, A>& tap = row.taps[r];
-        for (int64_t t = 0; t < (slides ? 1 : live_count); ++t) {
-          const int64_t weight = live[t].weight * row.lanes;
-          const int64_t column = live[t].source + segment.begin * columns.step;
-          *end++ = {tap.source + column * row.source_stride, tap.weight + weight,
-                    kWeight ? tap.grad_weight + weight : nullptr};
-        }
-      }
-      job.taps_end = end;
+      const int64_t positions = segment.end - segment.begin;
+      const int64_t first_source = segment.begin * columns.step;
       const int64_t column = index + segment.begin * columns.period;
       job.target = kInput ? row.target + column * row.target_stride : nullptr;
       job.x = kWeight ? row.x + column * row.x_stride : nullptr;
-      const int64_t positions = segment.end - segment.begin;
       if constexpr (kInput && !kWeight) {
-        if (slides) {
-          cover<A, true, kInput, kWeight>(job, positions);
-          continue;
+        if (live_count >= 3) {
+          job.weight_step = (live[1].weight - live[0].weight) * row.lanes;
+          job.taps_end = flatten(row, live, 1, first_source, flat);
+          const int64_t dilation = live[1].source - live[0].source;
+          if (cover_sliding<A>(job, live_count, columns.step, dilation, positions)) continue;
         }
       }
-      cover<A, false, kInput, kWeight>(job, positions);
+      job.taps_end = flatten(row, live, live_count, first_source, flat);
+      cover<AnyTaps<A, kInput, kWeight>>(job, positions);
     }
     ++index;
   }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastseg import ops
+from fastseg import dispatch, extension, ops
 from fastseg.nn import folding
+from fastseg.ops.batch_norm import batch_norm_activation_, fold_batch_norm, folded_conv2d
+from fastseg.ops.conv2d import operator_of
 
 
 def convolve(layer: torch.nn.Conv2d, input, weight, bias, activation: str, backend: str | None) -> torch.Tensor:
@@ -65,18 +67,18 @@ class AcceleratedConv2d(torch.nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         settings = self._fastseg
-        if settings is None or not isinstance(input, torch.Tensor) or _under_transform():
+        if settings is None or not isinstance(input, torch.Tensor) or under_transform():
             return super().forward(input)  # torch.fx, a mistake that PyTorch words, or torch.func
         input = to_memory_format(input, settings.memory_format)
         chain = settings.chain
         if chain is not None and folding.is_armed(chain) and folding.pays(self, input.shape, input.device.type):
             operands = folding.Operands.of(self, chain.norm)
-            if folding.may_fold(chain, input, operands):
+            if folding.collectors_in_place(chain) and folding.may_fold(input, operands):
                 return folding.mark(folded(self, chain, input, operands, settings.backend), chain)
         return convolve(self, input, self.weight, self.bias, "none", settings.backend)
 
 
-def _under_transform() -> bool:
+def under_transform() -> bool:
     """Whether torch.func transforms this call: vmap knows neither channels_last nor fastseg's operators."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -92,9 +94,21 @@ def folded(
     layer: torch.nn.Conv2d, chain: folding.Chain, input, operands: folding.Operands, backend: str | None
 ) -> torch.Tensor:
     """`layer`'s convolution, then the chain's norm and activation, scaled wherever fewer bytes move."""
-    weight = operands.weight
-    scale, shift = folding.scale_and_shift(operands, chain.norm.eps)
-    if folding.scales_weight(layer, weight, input.shape):
-        return convolve(layer, input, weight * scale.view(-1, 1, 1, 1), shift, chain.activation_name, backend)
+    weight, statistics, eps = operands.weight, operands.statistics, chain.norm.eps
+    scales = folding.scales_weight(layer, weight, input.shape, input.device.type)
+    if input.is_cpu and extension.EXTENSION is not None and not torch.is_autocast_enabled("cpu"):
+        operator = operator_of(input.shape[1], layer.groups)
+        choice = dispatch.choose(dispatch.Problem(operator, "cpu", input.dtype), backend)
+        own = choice.backend == ("cpu" if operator == "depthwise_conv2d" else "native")
+        if own and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            if choice.backend == "native":
+                dispatch.count_native(operator, choice.reason)
+            return folded_conv2d(
+                input, weight, *statistics, eps, layer.stride, layer.padding, layer.dilation, layer.groups,
+                chain.activation_name, scales,
+            )  # fmt: skip
+    if scales:
+        scaled, shift = fold_batch_norm(weight, *statistics, eps)
+        return convolve(layer, input, scaled, shift, chain.activation_name, backend)
     y = convolve(layer, input, weight, None, "none", backend)
-    return folding.scale_shift_activation_(y, scale, shift, chain.activation_name)
+    return batch_norm_activation_(y, *statistics, eps, chain.activation_name)

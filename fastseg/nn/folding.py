@@ -27,7 +27,6 @@ import warnings
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -126,15 +125,23 @@ class Operands(NamedTuple):
     gamma: torch.Tensor | None
     beta: torch.Tensor | None
 
+    @property
+    def statistics(self) -> tuple[torch.Tensor | None, ...]:
+        """All but the weight, in the order of fastseg.ops.batch_norm."""
+        return self[1:]
+
     @classmethod
     def of(cls, layer: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> Operands:
         return cls(layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
 
 
-def may_fold(chain: Chain, input: torch.Tensor, operands: Operands) -> bool:
-    """Whether an armed chain may be applied in this call: no gradient, ordinary tensors, no tracing."""
-    if not isinstance(chain.norm, Foldable) or not isinstance(chain.activation, (Foldable, type(None))):
-        return False  # one of them was restored by itself
+def collectors_in_place(chain: Chain) -> bool:
+    """Whether the norm and the activation will look for a mark: neither was restored by itself."""
+    return isinstance(chain.norm, Foldable) and isinstance(chain.activation, (Foldable, type(None)))
+
+
+def may_fold(input: torch.Tensor, operands: Operands) -> bool:
+    """Whether a chain may be applied in this call: no gradient, ordinary tensors, no tracing."""
     weight, mean, variance = operands.weight, operands.mean, operands.variance
     if mean is None or variance is None or mean.shape != weight.shape[:1]:
         return False  # here, and below, native's norm has the word
@@ -159,7 +166,7 @@ def pays(layer: torch.nn.Conv2d, shape: tuple[int, ...], device_type: str) -> bo
 
 
 # Output elements from which folding pays; on a GPU each of its small operations is a launch.
-FEWEST_OUTPUTS = {"cpu": 2**17, "cuda": 2**22}
+FEWEST_OUTPUTS = {"cuda": 2**22}
 
 
 def _output_pixels(layer: torch.nn.Conv2d, shape: tuple[int, ...]) -> int:
@@ -167,46 +174,19 @@ def _output_pixels(layer: torch.nn.Conv2d, shape: tuple[int, ...]) -> int:
     return shape[0] * (shape[2] // layer.stride[0]) * (shape[3] // layer.stride[1])
 
 
-def scales_weight(layer: torch.nn.Conv2d, weight: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether to scale the weight rather than the output, whichever is smaller.
+# Products per output up to which scaling the weight beats a pass over the output: oneDNN takes a bias and an activation
+# at no cost in convolutions that memory limits, and is slower for them in the others.
+MOST_SCALED = {"cpu": 512}
+
+
+def scales_weight(layer: torch.nn.Conv2d, weight: torch.Tensor, shape: tuple[int, ...], device_type: str) -> bool:
+    """Whether to scale the weight rather than the output.
 
     A weight of lower precision is never scaled: rounding the product would cost accuracy that native has.
     """
-    return weight.dtype not in _REDUCED and weight[0].numel() <= _output_pixels(layer, shape)
-
-
-def scale_and_shift(operands: Operands, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A norm after a convolution's bias, in eval mode, as y * scale + shift; both [K] and at least float32."""
-    _, bias, mean, variance, gamma, beta = operands
-    mean = _at_least_float(mean)
-    scale = torch.rsqrt(_at_least_float(variance) + eps)
-    if gamma is not None:
-        scale = scale * gamma
-    if bias is not None:
-        mean = mean - bias
-    if beta is None:
-        return scale, -mean * scale
-    return scale, torch.addcmul(_at_least_float(beta), mean, scale, value=-1)
-
-
-def _at_least_float(t: torch.Tensor) -> torch.Tensor:
-    return t.float() if t.dtype in _REDUCED else t
-
-
-# Written over their argument.
-INPLACE_ACTIVATIONS = {
-    "none": lambda y: y,
-    "relu": torch.relu_,
-    "relu6": lambda y: F.hardtanh_(y, 0.0, 6.0),
-    "hardswish": lambda y: F.hardswish(y, inplace=True),
-    "silu": lambda y: F.silu(y, inplace=True),
-}
-
-
-def scale_shift_activation_(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(y * scale + shift), written over y.  y: [N, K, P, Q]; scale, shift: [K]."""
-    torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1), out=y)
-    return INPLACE_ACTIVATIONS[activation](y)
+    products = weight[0].numel()
+    most = min(_output_pixels(layer, shape), MOST_SCALED.get(device_type, products))
+    return weight.dtype not in _REDUCED and products <= most
 
 
 def mark(y: torch.Tensor, chain: Chain) -> torch.Tensor:

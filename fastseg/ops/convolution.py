@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastseg import dispatch
 from fastseg.ops.activation import check_activation
 from fastseg.ops.arguments import normalise
@@ -12,13 +14,20 @@ from fastseg.ops.native import native_conv2d
 def run_convolution(operator, input, weight, bias, stride, padding, dilation, groups, activation, backend):
     """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d."""
     check_activation(activation)
+    choice = refusal = None
+    if isinstance(input, torch.Tensor):
+        try:
+            choice = dispatch.choose(dispatch.Problem(operator, input.device.type, input.dtype), backend)
+        except dispatch.BackendError as error:
+            refusal = error  # a mistake in the arguments is told first, in PyTorch's words
+    if choice is not None and choice.backend == "native":
+        dispatch.count_native(operator, choice.reason)
+        return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
     arguments = normalise(input, weight, bias, stride, padding, dilation, groups)
     if arguments is None:
         return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
-    choice = dispatch.choose(dispatch.Problem(operator, input.device.type, input.dtype), backend)
-    if choice.backend == "native":
-        dispatch.count_native(operator, choice.reason)
-        return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
+    if refusal is not None:
+        raise refusal
     forward = OVERLOADS[operator][choice.backend]
     y = forward(arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation)
     return y if arguments.batched else y.squeeze(0)

@@ -1,0 +1,254 @@
+// Batch norm in eval mode behind a convolution, on the CPU: folded into the convolution's weight,
+// or applied with the activation in one pass over the convolution's output. One operator call does
+// everything, because in a deep network of small layers the calls are what takes the time.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "csrc/common/conv_shape.h"
+#include "csrc/common/simd.h"
+#include "csrc/common/torch_conv.h"
+
+#if FASTSEG_SIMD_X86
+#define FASTSEG_SIMD avx512
+#define FASTSEG_SIMD_BYTES 64
+FASTSEG_TARGET_AVX512
+#include "csrc/batch_norm/batch_norm_cpu_kernels.h"
+FASTSEG_TARGET_END
+#undef FASTSEG_SIMD
+#undef FASTSEG_SIMD_BYTES
+
+#define FASTSEG_SIMD avx2
+#define FASTSEG_SIMD_BYTES 32
+FASTSEG_TARGET_AVX2
+#include "csrc/batch_norm/batch_norm_cpu_kernels.h"
+FASTSEG_TARGET_END
+#undef FASTSEG_SIMD
+#undef FASTSEG_SIMD_BYTES
+#endif
+
+#define FASTSEG_SIMD plain
+#define FASTSEG_SIMD_BYTES 16
+#include "csrc/batch_norm/batch_norm_cpu_kernels.h"
+#undef FASTSEG_SIMD
+#undef FASTSEG_SIMD_BYTES
+
+namespace fastseg {
+namespace {
+
+// Elements that are worth a thread.
+constexpr int64_t kGrain = int64_t{1} << 15;
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The elements of a 1-D tensor, or nothing.
+std::vector<double> values(const OptionalTensor& tensor, int64_t K) {
+  if (!tensor) return {};
+  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == K && tensor->device().is_cpu(),
+              "fastseg: expected the tensors of a batch norm to be [", K, "] on the CPU, but got ",
+              tensor->sizes(), " on ", tensor->device());
+  if (tensor->scalar_type() == at::kFloat && tensor->is_contiguous()) {
+    const float* data = tensor->const_data_ptr<float>();
+    return {data, data + K};
+  }
+  const at::Tensor converted = tensor->to(at::kDouble).contiguous();
+  const double* data = converted.const_data_ptr<double>();
+  return {data, data + K};
+}
+
+// A norm behind a convolution's bias as y * scale + shift. Both are [K] in `type`.
+std::tuple<at::Tensor, at::Tensor> scale_and_shift(int64_t K, at::ScalarType type,
+                                                   const OptionalTensor& bias,
+                                                   const at::Tensor& mean,
+                                                   const at::Tensor& variance,
+                                                   const OptionalTensor& gamma,
+                                                   const OptionalTensor& beta, double eps) {
+  const std::vector<double> b = values(bias, K), m = values(mean, K), v = values(variance, K),
+                            g = values(gamma, K), c = values(beta, K);
+  at::Tensor scale = at::empty({K}, mean.options().dtype(type)), shift = at::empty_like(scale);
+  const auto fill = [&](auto* scales, auto* shifts) {
+    for (int64_t k = 0; k < K; ++k) {
+      const double factor = (g.empty() ? 1.0 : g[k]) / std::sqrt(v[k] + eps);
+      scales[k] = factor;
+      shifts[k] = (c.empty() ? 0.0 : c[k]) + ((b.empty() ? 0.0 : b[k]) - m[k]) * factor;
+    }
+  };
+  if (type == at::kDouble) {
+    fill(scale.mutable_data_ptr<double>(), shift.mutable_data_ptr<double>());
+  } else {
+    fill(scale.mutable_data_ptr<float>(), shift.mutable_data_ptr<float>());
+  }
+  return {scale, shift};
+}
+
+at::ScalarType accumulation_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::tuple<at::Tensor, at::Tensor> fold_batch_norm(
+    const at::Tensor& weight,  // [K, C / groups, R, S]
+    const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& variance,
+    const OptionalTensor& gamma, const OptionalTensor& beta, double eps) {
+  TORCH_CHECK(weight.dim() == 4, "fastseg: expected a 4-D weight, but got ", weight.dim(), "-D");
+  auto [scale, shift] = scale_and_shift(weight.size(0), accumulation_type(weight.scalar_type()),
+                                        bias, mean, variance, gamma, beta, eps);
+  return {(weight * scale.view({-1, 1, 1, 1})).to(weight.scalar_type()),
+          shift.to(weight.scalar_type())};
+}
+
+template <class S>
+void scale_shift_activate(const at::Tensor& y, const at::Tensor& scale, const at::Tensor& shift,
+                          Activation activation) {
+  using A = typename Accumulator<S>::type;
+  S* data = static_cast<S*>(y.mutable_data_ptr());
+  const A* a = scale.const_data_ptr<A>();
+  const A* b = shift.const_data_ptr<A>();
+  const int64_t K = y.size(1), pixels = y.size(2) * y.size(3);
+  auto* rows = plain::scale_rows<S, A>;
+  auto* planes = plain::scale_planes<S, A>;
+#if FASTSEG_SIMD_X86
+  if (capability() == Capability::kAvx512) {
+    rows = avx512::scale_rows<S, A>;
+    planes = avx512::scale_planes<S, A>;
+  } else if (capability() == Capability::kAvx2) {
+    rows = avx2::scale_rows<S, A>;
+    planes = avx2::scale_planes<S, A>;
+  }
+#endif
+  if (y.is_contiguous(at::MemoryFormat::ChannelsLast)) {
+    at::parallel_for(0, y.size(0) * pixels, std::max<int64_t>(1, kGrain / K),
+                     [&](int64_t begin, int64_t end) {
+                       rows(data + begin * K, end - begin, K, K, a, b, activation);
+                     });
+  } else {
+    at::parallel_for(
+        0, y.size(0) * K, std::max<int64_t>(1, kGrain / pixels), [&](int64_t begin, int64_t end) {
+          planes(data + begin * pixels, begin, end - begin, pixels, K, a, b, activation);
+        });
+  }
+}
+
+at::Tensor& batch_norm_activation_(at::Tensor& y,  // [N, K, P, Q]
+                                   const OptionalTensor& bias, const at::Tensor& mean,
+                                   const at::Tensor& variance, const OptionalTensor& gamma,
+                                   const OptionalTensor& beta, double eps,
+                                   std::string_view activation) {
+  TORCH_CHECK(
+      y.dim() == 4 && (y.is_contiguous() || y.is_contiguous(at::MemoryFormat::ChannelsLast)),
+      "fastseg: expected y [N, K, P, Q], contiguous or channels_last, but got sizes ", y.sizes(),
+      " and strides ", y.strides());
+  const Activation chosen = parse_activation(activation);
+  auto [scale, shift] = scale_and_shift(y.size(1), accumulation_type(y.scalar_type()), bias, mean,
+                                        variance, gamma, beta, eps);
+  if (y.numel() == 0) return y;
+  switch (y.scalar_type()) {
+    case at::kFloat:
+      scale_shift_activate<float>(y, scale, shift, chosen);
+      break;
+    case at::kDouble:
+      scale_shift_activate<double>(y, scale, shift, chosen);
+      break;
+    case at::kHalf:
+      scale_shift_activate<Half>(y, scale, shift, chosen);
+      break;
+    case at::kBFloat16:
+      scale_shift_activate<BFloat16>(y, scale, shift, chosen);
+      break;
+    default:
+      TORCH_CHECK(false, "fastseg: expected float64, float32, float16 or bfloat16, but got ",
+                  y.scalar_type());
+  }
+  return y;
+}
+
+at::Tensor activate_(at::Tensor y, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return y.relu_();
+    case Activation::kRelu6:
+      return y.clamp_(0, 6);
+    case Activation::kHardswish:
+      return at::hardswish_(y);
+    case Activation::kSilu:
+      return at::silu_(y);
+    default:
+      return y;
+  }
+}
+
+using Scalars = c10::List<std::optional<at::Scalar>>;
+using Pointwise = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                             at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
+                             std::string_view, Scalars, std::optional<std::string_view>);
+
+// ATen's convolution with an activation after it, inside oneDNN where PyTorch has that.
+at::Tensor native_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                         int64_t groups, Activation activation) {
+  static const auto onednn =
+      c10::Dispatcher::singleton().findSchema({"mkldnn::_convolution_pointwise", ""});
+  if (activation == Activation::kNone || !onednn || !at::globalContext().userEnabledMkldnn() ||
+      input.scalar_type() != at::kFloat || input.numel() == 0) {
+    return activate_(at::conv2d(input, weight, bias, stride, padding, dilation, groups),
+                     activation);
+  }
+  static constexpr const char* kNames[] = {"none", "relu", "hardtanh", "hardswish", "swish"};
+  Scalars scalars;
+  if (activation == Activation::kRelu6) {
+    scalars.push_back(at::Scalar(0.0));
+    scalars.push_back(at::Scalar(6.0));
+  }
+  return onednn->typed<Pointwise>().call(input, weight, bias, padding, stride, dilation, groups,
+                                         kNames[static_cast<int>(activation)], scalars, "");
+}
+
+// Convolution, norm and activation. `scale_weight` chooses between the two ways above; a depthwise
+// convolution always scales its weight.
+at::Tensor folded_conv2d(const at::Tensor& input,   // [N, C, H, W]
+                         const at::Tensor& weight,  // [K, C / groups, R, S]
+                         const OptionalTensor& bias, const at::Tensor& mean,
+                         const at::Tensor& variance, const OptionalTensor& gamma,
+                         const OptionalTensor& beta, double eps, at::IntArrayRef stride,
+                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                         std::string_view activation, bool scale_weight) {
+  const auto fold = [&] { return fold_batch_norm(weight, bias, mean, variance, gamma, beta, eps); };
+  TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+              "fastseg: expected stride, padding and dilation to be (height, width)");
+  if (groups == input.size(1) && groups > 1) {
+    static const auto depthwise =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("fastseg::depthwise_conv2d", "cpu")
+            .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                              at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+                              std::string_view)>();
+    const auto [scaled, shift] = fold();
+    const int64_t pads[] = {padding[0], padding[0], padding[1], padding[1]};
+    return depthwise.call(input, scaled, shift, stride, pads, dilation, activation);
+  }
+  if (scale_weight) {
+    const auto [scaled, shift] = fold();
+    return native_conv2d(input, scaled, shift, stride, padding, dilation, groups,
+                         parse_activation(activation));
+  }
+  at::Tensor y = at::conv2d(input, weight, std::nullopt, stride, padding, dilation, groups);
+  return batch_norm_activation_(y, bias, mean, variance, gamma, beta, eps, activation);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastseg, CPU, library) {
+  library.impl("folded_conv2d", &folded_conv2d);
+  library.impl("fold_batch_norm", &fold_batch_norm);
+  library.impl("batch_norm_activation_", &batch_norm_activation_);
+}
+
+}  // namespace fastseg
