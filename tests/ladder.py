@@ -22,6 +22,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cachepr
 CONTRACT = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_opinfo.py", "tests/ops"]
 
 # Sanitizers slow a test down fivefold: forward and gradients in one dtype reach every kernel.
+CPU_KERNELS = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_batch_norm.py"]
 SANITIZED = "within_bound and float32 or any_strides or non_finite and 3x3-s2"
 
 
@@ -43,6 +44,10 @@ def steps() -> list[Step]:
         Step(1, "reference, C++ CPU kernels, operator stack, drop-in", [
             *PYTEST, "tests", "--ignore=tests/host", "--ignore=tests/offline", "--ignore=tests/test_examples.py",
         ]),
+        *(
+            Step(1, f"C++ CPU kernels, {best} at most", [*PYTEST, *CPU_KERNELS], {"FASTSEG_CPU_CAPABILITY": best})
+            for best in ("avx2", "plain")
+        ),
         Step(2, "Triton kernels in the interpreter", [*PYTEST, *CONTRACT], interpreter),
         Step(3, "the executor of CUDA kernels on the CPU", [*PYTEST, "tests/host/test_host_executor.py"]),
         Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT, "tests/host/test_mutations.py"], host),

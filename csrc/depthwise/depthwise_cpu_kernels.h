@@ -256,7 +256,7 @@ struct Task {
       S* grad_x = nullptr;
       if constexpr (kInput) grad_x = plane<S>(call.target, block.begin) + at * call.target.stride_h;
       compute<kInput, kWeight>(row, grad_x, call.target.stride_c, call.target.stride_w);
-      if (kWeight && ((i - begin) % 8 == 7 || i + 1 == end)) {
+      if (kWeight && ((i - begin) % 4 == 3 || i + 1 == end)) {
         // Short chains of additions: a few rows in `totals`, then all of them in `partial`.
         for (int64_t j = 0; j < m * taps; j += kLanes<A>) {
           store(partial + j, load(partial + j) + load(scratch.totals + j));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from fastseg import dispatch
 from fastseg.ops.activation import check_activation
@@ -29,5 +30,21 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
     if refusal is not None:
         raise refusal
     forward = OVERLOADS[operator][choice.backend]
-    y = forward(arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation)
+    if _records(input, weight, bias):
+        y = forward(arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation)
+    else:
+        # The operators' autograd kernels are Python, and would find nothing to do.
+        with torch._C._AutoDispatchBelowAutograd():
+            y = forward(
+                arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation
+            )
     return y if arguments.batched else y.squeeze(0)
+
+
+def _records(input, weight, bias) -> bool:
+    """Whether autograd, or somebody who traces it, looks at this call."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
