@@ -157,7 +157,11 @@ at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                // [N, C
   call.weight = filter_of(weight);
   if (bias) call.bias = filter_of(*bias);
   depthwise_cpu::Access access{};
-  access.source = input.stride(1) == 1;
+  // Tiles that do not slide load a source many times: from a packed row, if the caches' sets are
+  // few.
+  const bool slides = !call.runs.empty() || call.dilation_w <= 2;
+  access.source =
+      input.stride(1) == 1 && (slides || !depthwise_cpu::aliased(input.stride(3) * item));
   access.target = output.stride(1) == 1 && call.multiplier == 1;
   if (item < 4 && !(access.source && access.target)) access = {};  // in place all or none
   depthwise_cpu::cut_tasks(kernels.vector_bytes / std::max<int64_t>(item, 4), item, access, &call);

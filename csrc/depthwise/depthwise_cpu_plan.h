@@ -208,10 +208,13 @@ inline Call plan(const ConvShape& shape, int64_t item, int64_t tensors) {
   return call;
 }
 
+// Whether pixels `bytes` apart leave only a few sets of every cache to all of a row.
+inline bool aliased(int64_t bytes) { return bytes % 1024 == 0; }
+
 // Runs need several positions in a row for every one at its ends.
 inline bool runs_pay(const ConvShape& shape, const Call& call) {
   return shape.S == 3 && shape.R <= 3 && shape.stride_w == 1 &&
-         call.columns.targets >= 5 * shape.dilation_w;
+         call.columns.targets >= 6 * shape.dilation_w;
 }
 
 inline Call plan_forward(const ConvShape& shape, int64_t item) {
@@ -223,8 +226,11 @@ inline Call plan_forward(const ConvShape& shape, int64_t item) {
   call.walk = {shape.P,
                std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
   call.source_row_stride = shape.dilation_h;
-  // For long rows from memory the order of pixels counts for more than the number of loads: tiles.
-  const bool tiles = call.exceeds_l3() && shape.dilation_w == 1 && call.columns.targets >= 96;
+  // Tiles where the order of pixels counts for more than the number of loads: for long rows from
+  // memory, and where all pixels of a row compete for a few sets of the caches.
+  const bool tiles = shape.dilation_w == 1 &&
+                     (call.columns.targets >= 96 ? call.exceeds_l3()
+                                                 : call.exceeds_l2() && aliased(shape.C * item));
   if (runs_pay(shape, call) && !tiles) call.runs = cut_runs(call.columns, shape.dilation_w);
   return call;
 }
@@ -262,15 +268,15 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   };
 
   // Bytes of a pixel that a task reads: enough for whole pages and prefetchers to pay, and more
-  // where the distance of pixels is a power of two, which leaves only a few sets of every cache.
+  // where the caches' sets are few.
   const bool channels_last = call->source.stride_c == 1;
-  const bool aliased = channels_last && call->source.stride_w * item % 1024 == 0;
+  const bool few_sets = aliased(call->source.stride_w * item);
   const bool tiles = call->runs.empty();
   int64_t pixel = 128;
   if (access.source) {
-    pixel = aliased ? 2048 : tiles || call->exceeds_l2() ? 1024 : 256;
+    pixel = few_sets || tiles || call->exceeds_l2() ? 1024 : 256;
   } else if (channels_last) {
-    pixel = aliased ? 512 : 256;
+    pixel = few_sets ? 512 : 256;
   }
   int64_t lanes = pixel / item;
   const int64_t narrowest = (access.source && tiles ? 256 : 128) / item;
