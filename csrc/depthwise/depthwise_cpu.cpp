@@ -116,7 +116,7 @@ char* thread_scratch(int64_t bytes) {
   static thread_local std::unique_ptr<char, Free> memory;
   static thread_local int64_t size = 0;
   if (size < bytes) {
-    const int64_t rounded = depthwise_cpu::round_up(bytes, 64);
+    const int64_t rounded = round_up(bytes, 64);
     memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
     size = memory == nullptr ? 0 : rounded;
     TORCH_CHECK(memory != nullptr, "fastseg: could not allocate ", rounded,

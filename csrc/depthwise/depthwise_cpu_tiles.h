@@ -16,11 +16,6 @@
 namespace fastseg {
 namespace FASTSEG_SIMD {
 
-using depthwise_cpu::Axis;
-using depthwise_cpu::AxisClass;
-using depthwise_cpu::Segment;
-using depthwise_cpu::Tap;
-
 // One live filter row: the source row it reads, its weights and their gradient [S][lanes].
 template <class Source, class A>
 struct RowTap {
