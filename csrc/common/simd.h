@@ -4,22 +4,7 @@
 // The first part of this header is ordinary: capability() and the 16-bit storage types. The second
 // part is compiled once per instruction set, into the namespace fastseg::FASTSEG_SIMD (avx512, avx2
 // or plain), and holds the vector types, loads, stores and activations. A kernel header includes
-// it and is itself included by its .cpp like this:
-//
-//   #include "csrc/common/simd.h"
-//   #if FASTSEG_SIMD_X86
-//   #define FASTSEG_SIMD avx512
-//   #define FASTSEG_SIMD_BYTES 64
-//   FASTSEG_TARGET_AVX512
-//   #include "csrc/family/family_cpu_kernels.h"
-//   FASTSEG_TARGET_END
-//   #undef FASTSEG_SIMD
-//   #undef FASTSEG_SIMD_BYTES
-//   ... the same for avx2 (32 bytes) ...
-//   #endif
-//   #define FASTSEG_SIMD plain
-//   #define FASTSEG_SIMD_BYTES 16
-//   #include "csrc/family/family_cpu_kernels.h"
+// it; csrc/common/for_each_simd.h includes that once per instruction set.
 //
 // Between TARGET and END every function is compiled for that instruction set, so nothing shared
 // with the rest of the program may be defined or first instantiated there: no torch headers, no

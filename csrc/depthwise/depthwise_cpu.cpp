@@ -18,29 +18,8 @@
 #include "csrc/common/torch_conv.h"
 #include "csrc/depthwise/depthwise_cpu_plan.h"
 
-#if FASTSEG_SIMD_X86
-#define FASTSEG_SIMD avx512
-#define FASTSEG_SIMD_BYTES 64
-FASTSEG_TARGET_AVX512
-#include "csrc/depthwise/depthwise_cpu_kernels.h"
-FASTSEG_TARGET_END
-#undef FASTSEG_SIMD
-#undef FASTSEG_SIMD_BYTES
-
-#define FASTSEG_SIMD avx2
-#define FASTSEG_SIMD_BYTES 32
-FASTSEG_TARGET_AVX2
-#include "csrc/depthwise/depthwise_cpu_kernels.h"
-FASTSEG_TARGET_END
-#undef FASTSEG_SIMD
-#undef FASTSEG_SIMD_BYTES
-#endif
-
-#define FASTSEG_SIMD plain
-#define FASTSEG_SIMD_BYTES 16
-#include "csrc/depthwise/depthwise_cpu_kernels.h"
-#undef FASTSEG_SIMD
-#undef FASTSEG_SIMD_BYTES
+#define FASTSEG_KERNELS "csrc/depthwise/depthwise_cpu_kernels.h"
+#include "csrc/common/for_each_simd.h"
 
 namespace fastseg {
 namespace {
