@@ -117,10 +117,13 @@ struct Task {
     return static_cast<T*>(tensor.data) + image * tensor.stride_n + channel * tensor.stride_c;
   }
 
-  // Elements to the row `rows` on, if it is worth fetching into the cache: from memory, and from
-  // planes, which are too many streams for the hardware to follow.
+  // Elements to the row `rows` on, if it is worth fetching into the L1 cache: pixels are further
+  // apart than the hardware looks ahead, and planes are too many streams for it.
   int64_t ahead(const Image& tensor, int64_t rows) const {
-    const bool far = call.x.data == nullptr ? call.exceeds_l3() : call.exceeds_l2();
+    // Pixels whole pages apart all fall into one set of the L1 cache, which has no room to look
+    // ahead.
+    const bool one_set = tensor.stride_w * static_cast<int64_t>(sizeof(S)) % 4096 == 0;
+    const bool far = one_set ? call.exceeds_l3() : call.exceeds_l2();
     return far || tensor.stride_w == 1 ? rows * tensor.stride_h : 0;
   }
 
@@ -186,6 +189,7 @@ struct Task {
         row.target = tensor_row;
         row.target_stride = stride_w;
         row.activation = call.activation;
+        row.target_ahead = ahead(call.target, call.walk.stride);
         return compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       }
     }

@@ -29,6 +29,7 @@ struct Roller {
   const Source* x_at;
   Target* target;
   Activation activation;
+  int64_t target_ahead;
   int64_t at, source_step, target_step, x_step;
   int64_t targets, live_from, live_to;  // steps [live_from, live_to) have a source
 
@@ -46,6 +47,7 @@ struct Roller {
       }
     }
     activation = row.activation;
+    target_ahead = row.target_ahead;
     source_step = dilation * row.source_stride;
     target_step = dilation * row.target_stride;
     x_step = dilation * row.x_stride;
@@ -88,7 +90,10 @@ struct Roller {
       Vector<A> closed[kGroup];
       FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) closed[g] = acc[g][2];
       if constexpr (!kWeight) activate_all<A, kGroup>(closed, activation);
-      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) store(target + g * n, closed[g]);
+      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+        __builtin_prefetch(target + target_ahead + g * n, 1);
+        store(target + g * n, closed[g]);
+      }
       target += target_step;
     }
   }

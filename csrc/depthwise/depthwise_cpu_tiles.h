@@ -35,7 +35,8 @@ struct RowJob {
   Target* target;
   int64_t target_stride;
   Activation activation;
-  const Source* x;  // the row of x under the target row, for grad_weight
+  int64_t target_ahead;  // elements to the target row that comes next, to fetch it, or 0
+  const Source* x;       // the row of x under the target row, for grad_weight
   int64_t x_stride;
   int64_t lanes;     // from filter tap to filter tap
   int64_t channels;  // at least a vector of them
@@ -60,6 +61,7 @@ struct TileJob {
   const A* init;
   Target* target;
   Activation activation;
+  int64_t target_ahead;
   const Source* x;
   int64_t channels;
   int64_t weight_step;  // slide: elements from filter column to filter column
@@ -185,6 +187,10 @@ FASTSEG_INLINE void slide(const TileJob<Source, Target, A>& job, int64_t positio
   activate_all<A, kGroup * kTile>(acc[0], job.activation);
   Target* target = job.target + position * job.target_step + c;
   FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
+    if (job.target_ahead != 0) {
+      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g)
+          __builtin_prefetch(target + job.target_ahead + g * n, 1);
+    }
     FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) store(target + g * n, acc[g][j]);
     target += job.target_step;
     FASTSEG_OPAQUE(target);
@@ -310,6 +316,7 @@ inline void tile_row(const Axis& columns, const RowJob<Source, Target, A>& row,
   job.x_step = columns.period * row.x_stride;
   job.init = row.init;
   job.activation = row.activation;
+  job.target_ahead = row.target_ahead;
   job.channels = row.channels;
   int64_t index = 0;
   for (const AxisClass& cls : columns.classes) {
