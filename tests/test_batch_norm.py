@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastseg
 from fastseg.ops import batch_norm
 from fastseg.ops.activation import ACTIVATIONS, apply_activation
 from fastseg.ops.batch_norm import batch_norm_activation_, fold_batch_norm, folded_conv2d
@@ -44,13 +45,14 @@ def exact(y, bias, mean, variance, gamma, beta, activation):
     return value, STEEPEST_ACTIVATION * absolute + value.abs()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# The reference rounds before the activation too, which lower precision would show.
+KERNELS = [(batch_norm_activation_, dtype) for dtype in DTYPES] + [(batch_norm._apply_, dtype) for dtype in DTYPES[:2]]
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kernel", [batch_norm_activation_, batch_norm._apply_], ids=["cpu", "reference"])
 def test_norm_and_activation_in_place(dtype, shape, layout, kernel):
-    if kernel is batch_norm._apply_ and dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("the reference rounds before the activation too")
     for activation, affine, biased in itertools.product(ACTIVATIONS, (True, False), (True, False)):
         norm = statistics(shape[1], dtype, affine, biased)
         y = (3 * torch.randn(shape)).to(dtype).contiguous(memory_format=layout)
@@ -98,3 +100,17 @@ def test_convolution_norm_activation(dtype, groups, activation, scale_weight):
     scale = (norm[3].double() / (norm[2].double() + EPS).sqrt()).abs().view(-1, 1, 1)
     wanted = expected(value, absolute + STEEPEST_ACTIVATION * products * scale, weight[0].numel() + 6, dtype)
     assert_within(folded_conv2d(x, weight, *norm, EPS, *geometry, activation, scale_weight), wanted, "folded")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_output_is_scaled_after_the_convolution(dtype, groups, activation):
+    """Bit for bit: a weight of lower precision must not be rounded again."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 9, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, norm = torch.randn(8, 8 // groups, 3, 3).to(dtype), statistics(8, dtype)
+    y = fastseg.ops.conv2d(x, weight, None, 1, 1, 1, groups)
+    wanted = batch_norm_activation_(y, *norm, EPS, activation)
+    actual = folded_conv2d(x, weight, *norm, EPS, [1, 1], [1, 1], [1, 1], groups, activation, False)
+    assert torch.equal(actual, wanted)

@@ -395,10 +395,15 @@ def test_children_of_a_sequential_change(stage, folds):
     assert_like_native(stage, "a child replaced")
     stage.append(nn.ReLU())
     assert_like_native(stage, "a child more")
+    assert "relu" not in folds
+
+
+def test_norm_of_a_sequential_trains_alone(stage, folds):
+    fastseg.accelerate(stage)
     stage[1].train()
     with torch.no_grad():
         stage(image())
-    assert "relu" not in folds
+    assert folds == ["none"]
     assert fastseg.restore(stage)[1].num_batches_tracked == 1
 
 
@@ -407,6 +412,17 @@ def test_part_of_a_sequential_restored(stage, folds):
     fastseg.restore(stage[0])
     assert_like_native(stage, "a convolution restored")
     assert folds == ["none"]
+
+
+def test_input_of_another_dtype_is_pytorchs_mistake():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(1, 8, 9, 9, dtype=torch.float64)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError) as wanted:
+            model(x)
+        with pytest.raises(RuntimeError) as actual:
+            fastseg.accelerate(model)(x)
+    assert str(actual.value) == str(wanted.value)
 
 
 def test_exception_leaves_nothing_armed(block):

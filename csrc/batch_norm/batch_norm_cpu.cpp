@@ -106,7 +106,7 @@ void scale_shift_activate(const at::Tensor& y, const at::Tensor& scale, const at
   if (y.is_contiguous(at::MemoryFormat::ChannelsLast)) {
     at::parallel_for(0, y.size(0) * pixels, std::max<int64_t>(1, kGrain / K),
                      [&](int64_t begin, int64_t end) {
-                       rows(data + begin * K, end - begin, K, K, a, b, activation);
+                       rows(data + begin * K, end - begin, K, a, b, activation);
                      });
   } else {
     at::parallel_for(
@@ -170,9 +170,10 @@ using Pointwise = at::Tensor(const at::Tensor&, const at::Tensor&, const Optiona
                              std::string_view, Scalars, std::optional<std::string_view>);
 
 // ATen's convolution with an activation after it, inside oneDNN where PyTorch has that.
-at::Tensor native_conv2d(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                         int64_t groups, Activation activation) {
+at::Tensor native_conv2d(const at::Tensor& input, const at::Tensor& weight,
+                         const OptionalTensor& bias, at::IntArrayRef stride,
+                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                         Activation activation) {
   static const auto onednn =
       c10::Dispatcher::singleton().findSchema({"mkldnn::_convolution_pointwise", ""});
   if (activation == Activation::kNone || !onednn || !at::globalContext().userEnabledMkldnn() ||
@@ -190,8 +191,10 @@ at::Tensor native_conv2d(const at::Tensor& input, const at::Tensor& weight, cons
                                          kNames[static_cast<int>(activation)], scalars, "");
 }
 
-// Convolution, norm and activation. `scale_weight` chooses between the two ways above; a depthwise
-// convolution always scales its weight.
+using Depthwise = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                             at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, std::string_view);
+
+// Convolution, norm and activation in one call. `scale_weight` chooses between the two ways above.
 at::Tensor folded_conv2d(const at::Tensor& input,   // [N, C, H, W]
                          const at::Tensor& weight,  // [K, C / groups, R, S]
                          const OptionalTensor& bias, const at::Tensor& mean,
@@ -199,26 +202,25 @@ at::Tensor folded_conv2d(const at::Tensor& input,   // [N, C, H, W]
                          const OptionalTensor& beta, double eps, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                          std::string_view activation, bool scale_weight) {
-  const auto fold = [&] { return fold_batch_norm(weight, bias, mean, variance, gamma, beta, eps); };
   TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
               "fastseg: expected stride, padding and dilation to be (height, width)");
-  if (groups == input.size(1) && groups > 1) {
-    static const auto depthwise =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("fastseg::depthwise_conv2d", "cpu")
-            .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                              at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
-                              std::string_view)>();
-    const auto [scaled, shift] = fold();
-    const int64_t pads[] = {padding[0], padding[0], padding[1], padding[1]};
-    return depthwise.call(input, scaled, shift, stride, pads, dilation, activation);
-  }
+  const auto convolve = [&](const at::Tensor& filter, const OptionalTensor& shift,
+                            std::string_view applied) {
+    if (groups == input.size(1) && groups > 1) {
+      static const auto depthwise = c10::Dispatcher::singleton()
+                                        .findSchemaOrThrow("fastseg::depthwise_conv2d", "cpu")
+                                        .typed<Depthwise>();
+      const int64_t pads[] = {padding[0], padding[0], padding[1], padding[1]};
+      return depthwise.call(input, filter, shift, stride, pads, dilation, applied);
+    }
+    return native_conv2d(input, filter, shift, stride, padding, dilation, groups,
+                         parse_activation(applied));
+  };
   if (scale_weight) {
-    const auto [scaled, shift] = fold();
-    return native_conv2d(input, scaled, shift, stride, padding, dilation, groups,
-                         parse_activation(activation));
+    const auto [scaled, shift] = fold_batch_norm(weight, bias, mean, variance, gamma, beta, eps);
+    return convolve(scaled, shift, activation);
   }
-  at::Tensor y = at::conv2d(input, weight, std::nullopt, stride, padding, dilation, groups);
+  at::Tensor y = convolve(weight, std::nullopt, "none");
   return batch_norm_activation_(y, bias, mean, variance, gamma, beta, eps, activation);
 }
 

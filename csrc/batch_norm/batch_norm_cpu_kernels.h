@@ -5,24 +5,22 @@
 namespace fastseg {
 namespace FASTSEG_SIMD {
 
-// y: [rows][channels], row_stride elements from row to row; scale and shift: [channels].
+// y: [rows][channels]; scale and shift: [channels].
 template <class S, class A>
-void scale_rows(S* y, int64_t rows, int64_t channels, int64_t row_stride, const A* scale,
-                const A* shift, Activation activation) {
+void scale_rows(S* y, int64_t rows, int64_t channels, const A* scale, const A* shift,
+                Activation activation) {
   constexpr int64_t n = kLanes<A>;
-  for (int64_t row = 0; row < rows; ++row, y += row_stride) {
+  for (int64_t row = 0; row < rows; ++row, y += channels) {
     int64_t c = 0;
     for (; c + n <= channels; c += n) {
-      Vector<A> z = load(y + c) * load(scale + c) + load(shift + c);
-      activate_all<A, 1>(&z, activation);
-      store(y + c, z);
+      const Vector<A> z = load(y + c) * load(scale + c) + load(shift + c);
+      store(y + c, activate<A>(z, activation));
     }
     if (c < channels) {
       const int64_t rest = channels - c;
       Vector<A> z = load_first(y + c, rest) * load_first(scale + c, rest);
       z += load_first(shift + c, rest);
-      activate_all<A, 1>(&z, activation);
-      store_first(y + c, z, rest);
+      store_first(y + c, activate<A>(z, activation), rest);
     }
   }
 }
@@ -36,14 +34,12 @@ void scale_planes(S* y, int64_t first, int64_t planes, int64_t pixels, int64_t c
     const Vector<A> a = broadcast(scale[plane % channels]), b = broadcast(shift[plane % channels]);
     int64_t i = 0;
     for (; i + n <= pixels; i += n) {
-      Vector<A> z = load(y + i) * a + b;
-      activate_all<A, 1>(&z, activation);
-      store(y + i, z);
+      const Vector<A> z = load(y + i) * a + b;
+      store(y + i, activate<A>(z, activation));
     }
     if (i < pixels) {
-      Vector<A> z = load_first(y + i, pixels - i) * a + b;
-      activate_all<A, 1>(&z, activation);
-      store_first(y + i, z, pixels - i);
+      const Vector<A> z = load_first(y + i, pixels - i) * a + b;
+      store_first(y + i, activate<A>(z, activation), pixels - i);
     }
   }
 }

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "csrc/common/conv_shape.h"
+
 namespace fastseg {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }  // b > 0
@@ -93,6 +95,20 @@ inline Axis input_axis(int64_t input, int64_t output, int64_t kernel, int64_t st
     cut_segments(axis, index, &cls);
   }
   return axis;
+}
+
+struct Axes {
+  Axis rows, columns;
+};
+
+inline Axes output_axes(const ConvShape& shape) {
+  return {output_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h),
+          output_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w)};
+}
+
+inline Axes input_axes(const ConvShape& shape) {
+  return {input_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h),
+          input_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w)};
 }
 
 }  // namespace fastseg

@@ -111,8 +111,10 @@ struct Call {
 
 // What both directions share. `item`: bytes of an element in memory, `tensors`: as large as the
 // input.
-inline Call plan(const ConvShape& shape, int64_t item, int64_t tensors) {
+inline Call plan(const ConvShape& shape, int64_t item, int64_t tensors, const Axes& axes) {
   Call call{};
+  call.rows = axes.rows;
+  call.columns = axes.columns;
   call.N = shape.N;
   call.C = shape.C;
   call.multiplier = shape.multiplier();
@@ -133,11 +135,7 @@ inline bool runs_pay(const ConvShape& shape, const Call& call) {
 }
 
 inline Call plan_forward(const ConvShape& shape, int64_t item) {
-  Call call = plan(shape, item, 2);
-  call.rows =
-      output_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
-  call.columns =
-      output_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
+  Call call = plan(shape, item, 2, output_axes(shape));
   call.walk = {shape.P,
                std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
   call.source_row_stride = shape.dilation_h;
@@ -151,11 +149,7 @@ inline Call plan_forward(const ConvShape& shape, int64_t item) {
 }
 
 inline Call plan_backward(const ConvShape& shape, int64_t item) {
-  Call call = plan(shape, item, 3);
-  call.rows =
-      input_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h);
-  call.columns =
-      input_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w);
+  Call call = plan(shape, item, 3, input_axes(shape));
   call.walk = {shape.H, std::min(shape.H, shape.dilation_h)};
   call.source_row_stride = shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h);
   if (call.multiplier == 1 && runs_pay(shape, call)) {

@@ -57,26 +57,22 @@ inline std::vector<Span> spans_of(const Axis& axis) {
   return spans;
 }
 
-inline std::vector<Rectangle> rectangles_of(const Axis& rows, const Axis& columns) {
+inline std::vector<Rectangle> rectangles_of(const Axes& axes) {
   std::vector<Rectangle> rectangles;
-  for (const Span& r : spans_of(rows)) {
-    for (const Span& c : spans_of(columns)) rectangles.push_back({r, c});
+  for (const Span& rows : spans_of(axes.rows)) {
+    for (const Span& columns : spans_of(axes.columns)) rectangles.push_back({rows, columns});
   }
   return rectangles;
 }
 
 // Every output lies in exactly one rectangle; one without taps holds the bias alone.
 inline std::vector<Rectangle> output_rectangles(const ConvShape& shape) {
-  return rectangles_of(
-      output_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h),
-      output_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w));
+  return rectangles_of(output_axes(shape));
 }
 
 // Every input lies in exactly one rectangle; one without taps has gradient zero.
 inline std::vector<Rectangle> input_rectangles(const ConvShape& shape) {
-  return rectangles_of(
-      input_axis(shape.H, shape.P, shape.R, shape.stride_h, shape.pad_top, shape.dilation_h),
-      input_axis(shape.W, shape.Q, shape.S, shape.stride_w, shape.pad_left, shape.dilation_w));
+  return rectangles_of(input_axes(shape));
 }
 
 }  // namespace dilated

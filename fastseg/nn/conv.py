@@ -71,10 +71,10 @@ class AcceleratedConv2d(torch.nn.Conv2d):
             return super().forward(input)  # torch.fx, a mistake that PyTorch words, or torch.func
         input = to_memory_format(input, settings.memory_format)
         chain = settings.chain
-        if chain is not None and folding.is_armed(chain) and folding.pays(self, input.shape, input.device.type):
-            operands = folding.Operands.of(self, chain.norm)
-            if folding.collectors_in_place(chain) and folding.may_fold(input, operands):
-                return folding.mark(folded(self, chain, input, operands, settings.backend), chain)
+        if chain is not None and folding.is_armed(chain) and folding.collectors_in_place(chain):
+            y = folded_if_right(self, chain, input, settings.backend)
+            if y is not None:
+                return folding.mark(y, chain)
         return convolve(self, input, self.weight, self.bias, "none", settings.backend)
 
 
@@ -90,13 +90,22 @@ def to_memory_format(input: torch.Tensor, memory_format: torch.memory_format | N
     return input.contiguous(memory_format=memory_format)
 
 
+def folded_if_right(layer: torch.nn.Conv2d, chain: folding.Chain, input, backend: str | None) -> torch.Tensor | None:
+    """`folded`, or None where it does not pay or is not right for this call."""
+    if not folding.pays(layer, input.shape, input.device.type):
+        return None
+    operands = folding.Operands.of(layer, chain.norm)
+    return folded(layer, chain, input, operands, backend) if folding.may_fold(input, operands) else None
+
+
 def folded(
     layer: torch.nn.Conv2d, chain: folding.Chain, input, operands: folding.Operands, backend: str | None
 ) -> torch.Tensor:
-    """`layer`'s convolution, then the chain's norm and activation, scaled wherever fewer bytes move."""
+    """`layer`'s convolution, then the chain's norm and activation, scaled wherever that is faster."""
     weight, statistics, eps = operands.weight, operands.statistics, chain.norm.eps
     scales = folding.scales_weight(layer, weight, input.shape, input.device.type)
-    if input.is_cpu and extension.EXTENSION is not None and not torch.is_autocast_enabled("cpu"):
+    in_one_call = input.is_cpu and extension.EXTENSION is not None and not torch.is_autocast_enabled("cpu")
+    if in_one_call and input.dtype == weight.dtype:
         operator = operator_of(input.shape[1], layer.groups)
         choice = dispatch.choose(dispatch.Problem(operator, "cpu", input.dtype), backend)
         own = choice.backend == ("cpu" if operator == "depthwise_conv2d" else "native")

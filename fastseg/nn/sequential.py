@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastseg.nn.conv import AcceleratedConv2d, folded, to_memory_format, under_transform
-from fastseg.nn.folding import Chain, Operands, has_foreign_hooks, may_fold, original_class, pays
+from fastseg.nn.conv import AcceleratedConv2d, folded_if_right, to_memory_format, under_transform
+from fastseg.nn.folding import Chain, has_foreign_hooks, original_class
 
 
 class Step(NamedTuple):
@@ -62,14 +62,9 @@ def _folded(step: Step, input: torch.Tensor) -> torch.Tensor | None:
     convolution = step.modules[0]
     if type(convolution) is not AcceleratedConv2d or convolution._fastseg is None:
         return None  # it was restored by itself
-    settings, chain = convolution._fastseg, step.chain
+    settings = convolution._fastseg
     input = to_memory_format(input, settings.memory_format)
-    if not pays(convolution, input.shape, input.device.type):
-        return None
-    operands = Operands.of(convolution, chain.norm)
-    if not may_fold(input, operands):
-        return None
-    return folded(convolution, chain, input, operands, settings.backend)
+    return folded_if_right(convolution, step.chain, input, settings.backend)
 
 
 def is_plain_sequential(module: torch.nn.Module) -> bool:

@@ -65,6 +65,11 @@ def rectangles(
     """
     if extension.EXTENSION is None:
         raise RuntimeError(f"the planner is part of the extension: {extension.MISSING}")
+    if min(*input, *kernel, *stride, *dilation) < 1:
+        raise ValueError(
+            f"expected positive sizes, strides and dilations, but got input {tuple(input)}, kernel {tuple(kernel)}, "
+            f"stride {tuple(stride)}, dilation {tuple(dilation)}"
+        )
     output = output_size(input, kernel, stride, padding, dilation)
     found = extension.EXTENSION.live_rectangles(
         targets, list(input), list(output), list(kernel), list(stride), list(padding), list(dilation)
