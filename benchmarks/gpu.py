@@ -27,7 +27,7 @@ import fastseg
 from benchmarks import record, table
 from fastseg import dispatch
 from fastseg.ops.depthwise import reference
-from fastseg.testing import assert_within, expected_depthwise, integer_tensor, random_tensor
+from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
 
 BUDGET_SECONDS = 570
 LEAST_SECONDS = 1.0  # a stage with less time left is not started
@@ -78,7 +78,7 @@ def smoke(device: str, compare: bool = True) -> int:
         )
         done += 1
         if compare:
-            wanted = expected_depthwise(x, weight, None, *geometry, grad_output=grad_y)
+            wanted = expected_conv(x, weight, None, *geometry, grad_output=grad_y)
             for what, actual, expected in zip(("y", "grad_x", "grad_weight"), (y, *grads), wanted[:3], strict=True):
                 assert_within(actual.detach(), expected, f"{name}: {what}")
     print(f"{done} calls {'inside the bound' if compare else 'made'}")

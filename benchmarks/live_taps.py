@@ -8,34 +8,11 @@ rectangle's pixels, over all images, are rounded up to a multiple of the tile's 
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
 
+from benchmarks.cases import ASPP, AsppCase
 from fastseg.ops.live_taps import live_share, rectangles
 
 TILE_ROWS = 128
-
-
-class AsppCase(NamedTuple):
-    """Parallel 3x3 branches over one input [batch, channels, size, size]."""
-
-    id: str
-    batch: int
-    channels: int
-    size: int
-    rates: tuple[int, ...]
-    outputs: int
-
-
-CASES = (
-    AsppCase("aspp-r101-os16", 16, 2048, 33, (6, 12, 18), 256),
-    AsppCase("aspp-r101-os16-n1", 1, 2048, 33, (6, 12, 18), 256),
-    AsppCase("aspp-tv-os8", 8, 2048, 65, (12, 24, 36), 256),
-    AsppCase("aspp-mnv3", 16, 960, 33, (12, 24, 36), 256),
-    AsppCase("aspp-v2", 10, 2048, 41, (6, 12, 18, 24), 21),
-    AsppCase("largefov", 10, 512, 41, (12,), 1024),
-    AsppCase("resnet-l4", 8, 512, 65, (4,), 512),
-    AsppCase("resnet-l3", 8, 256, 65, (2,), 256),
-)
 
 
 def tiles(pixels: int, tile_rows: int) -> int:
@@ -55,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tile-rows", type=int, default=TILE_ROWS, help="pixels in a tile (default %(default)s)")
     tile_rows = parser.parse_args().tile_rows
     print(f"{'case':18} {'rate':>5} {'live taps':>10} {'tiles x taps':>13} {'all nine':>10} {'gain':>6}")
-    for case in CASES:
+    for case in ASPP:
         totals = [0, 0]
         for rate in case.rates:
             live, full, taps = work(case, rate, tile_rows)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks import memory, timing
-from benchmarks.cases import DepthwiseCase
-from benchmarks.workload import LAYOUTS, Candidate, DepthwiseWorkload
+from benchmarks.cases import ConvCase
+from benchmarks.workload import LAYOUTS, Candidate, ConvWorkload
 from fastseg.testing import assert_within
 
 # A baseline's largest error, relative to the largest value. TF32 and bfloat16 stay far below, a wrong result far above.
@@ -157,6 +157,9 @@ def _add_speeds(row: dict, samples: dict[str, list[float]]) -> None:
         entry["rounds"] = len(taken)
         if baseline is not None:
             entry["ratio"] = timing.ratio(samples[baseline], taken)._asdict()
+        if entry["role"] == "fastseg":
+            for name in natives:
+                entry[f"ratio to {name}"] = timing.ratio(samples[name], taken)._asdict()
         entry["bytes_per_s"] = row["bytes"] / seconds.median
         entry["flop_per_s"] = row["flops"] / seconds.median
         entry["share_of_bound"] = row["bound"]["seconds"] / seconds.median
@@ -164,8 +167,8 @@ def _add_speeds(row: dict, samples: dict[str, list[float]]) -> None:
 
 def overhead(device: str, seconds: float) -> list[dict]:
     """What a call costs before it computes anything: a depthwise convolution of one 5x5 image, seconds a call."""
-    tiny = DepthwiseCase("overhead", "", 8, (5, 5), batch_gpu=1)
-    workload = DepthwiseWorkload(tiny, torch.float32, device)
+    tiny = ConvCase("overhead", "", 8, (5, 5), batch_gpu=1)
+    workload = ConvWorkload(tiny, torch.float32, device)
     tensors = workload.tensors(seed=0)
     candidates = [c for c in workload.candidates() if c.role != "compile" and c.layout == "channels_last"]
     samplers = {c.name: timing.cpu_sampler(direction_call(c, workload, "forward", tensors)) for c in candidates}

@@ -114,6 +114,36 @@ def _overhead(record) -> tuple[str, bool] | None:
     return f"{worst * 1e6:.1f} us", worst <= 10e-6
 
 
+def _dense_targets() -> tuple[Target, ...]:
+    """A branch of DeepLab v3's ASPP given NCHW tensors, and given channels_last ones."""
+    found = []
+    for name, rates in (("aspp-r101-os16", (6, 12, 18)), ("aspp-tv-os8", (12, 24, 36))):
+        for rate, least in zip(rates, (1.15, 1.6, 2.0), strict=True):
+            case = f"{name}-d{rate}"
+            for layout, wanted in (("NCHW", least), ("channels_last", 0.97)):
+                entry = "fastseg" if layout == "channels_last" else f"fastseg {layout}"
+                key = f"ratio to native {layout}"
+                found.append(
+                    Target(
+                        f"{case} {layout}: {wanted}x", _entry_speed_up(f"{case}/forward/float32", entry, key, wanted)
+                    )
+                )
+    return tuple(found)
+
+
+def _entry_speed_up(identity: str, name: str, key: str, least: float) -> Callable:
+    """The speed-up of one candidate over one layout of native."""
+
+    def measure(record):
+        row = _row(record, identity)
+        entry = candidate(row, name) if row else None
+        if entry is None or key not in entry:
+            return None
+        return _spread(entry[key]), entry[key]["median"] >= least
+
+    return measure
+
+
 _NETWORK = "deeplabv3-mobilenet-v3/inference/float32"
 CPU_TARGETS = (
     Target("2048x33x33 d=18 forward: 10x", _speed_up("sep-aspp-d18/forward/float32", 10)),
@@ -143,6 +173,7 @@ CPU_TARGETS = (
         _speed_up(_NETWORK, 1.1, "ratio to native channels_last"),
     ),
     Target("operator call: at most 10 us above native", _overhead),
+    *_dense_targets(),
 )
 
 

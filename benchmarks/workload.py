@@ -1,10 +1,11 @@
 """What an operator family gives to the benchmark: tensors, candidates, expected results and costs.
 
-A family is one class like `DepthwiseWorkload`; `operators.py` measures any of them.
+A family is one class like `ConvWorkload`; `operators.py` measures any of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 import fastseg
-from benchmarks.cases import DepthwiseCase
+from benchmarks.cases import ConvCase
 from fastseg import dispatch
+from fastseg.ops.conv2d import operator_of
 from fastseg.ops.geometry import live_outputs, output_size
-from fastseg.testing import Expected, expected_depthwise
+from fastseg.testing import Expected, expected_conv
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -45,10 +47,9 @@ class Cost(NamedTuple):
     flops: int
 
 
-class DepthwiseWorkload:
-    """A depthwise convolution of x [N, C, H, W] with weight [C, 1, R, S]; grad_y [N, C, P, Q] for the gradients."""
+class ConvWorkload:
+    """A convolution of x [N, C, H, W] with weight [K, C / groups, R, S]; grad_y [N, K, P, Q] for the gradients."""
 
-    operator = "depthwise_conv2d"
     inputs = ("x", "weight")
     # direction -> which inputs need gradients.
     gradients: ClassVar = {
@@ -59,27 +60,29 @@ class DepthwiseWorkload:
         "forward+backward": ("x", "weight"),
     }
 
-    def __init__(self, case: DepthwiseCase, dtype: torch.dtype, device: str):
+    def __init__(self, case: ConvCase, dtype: torch.dtype, device: str):
         self.case, self.dtype, self.device = case, dtype, device
+        self.operator = operator_of(case.channels, case.groups)
         self.shape = (case.batch(device), case.channels, *case.size)
         self.geometry = (
             list(case.stride),
             [case.padding[0], case.padding[0], case.padding[1], case.padding[1]],
             list(case.dilation),
         )
-        self.output_shape = (*self.shape[:2], *output_size(case.size, case.kernel, *self.geometry))
+        size = output_size(case.size, case.kernel, *self.geometry)
+        self.output_shape = (self.shape[0], case.filter[0], *size)
 
     def tensors(self, seed: int) -> dict[str, torch.Tensor]:
         """x, weight and the gradient of the output, random; contiguous."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        taps = self.case.kernel[0] * self.case.kernel[1]
+        products = math.prod(self.case.filter[1:])
 
         def random(shape):
             return torch.randn(shape, generator=generator, device=self.device)
 
         values = {
             "x": random(self.shape),
-            "weight": random((self.case.channels, 1, *self.case.kernel)) / taps**0.5,
+            "weight": random(self.case.filter) / products**0.5,
             "grad_y": random(self.output_shape),
         }
         return {name: value.to(self.dtype) for name, value in values.items()}
@@ -89,9 +92,9 @@ class DepthwiseWorkload:
         found = [Candidate(f"native {layout}", "native", layout, self._native, "native") for layout in LAYOUTS]
         compiled = torch.compile(self._native, dynamic=False)
         found.append(Candidate("torch.compile", "compile", "channels_last", compiled, "inductor"))
-        problem = dispatch.Problem(self.operator, self.device, self.dtype)
-        choice = dispatch.choose(problem, "auto")
         for layout in layouts:
+            problem = self.problem(layout)
+            choice = dispatch.choose(problem, "auto")
             name = "fastseg" if layout == "channels_last" else f"fastseg {layout}"
             found.append(Candidate(name, "fastseg", layout, self._fastseg("auto"), choice.backend, choice.reason))
         for backend in ("cpu", "triton", "cuda"):
@@ -101,16 +104,22 @@ class DepthwiseWorkload:
                 found.append(named)
         return found
 
+    def problem(self, layout: str) -> dispatch.Problem:
+        geometry = dispatch.Geometry(
+            self.shape, self.case.filter, *map(tuple, self.geometry), self.output_shape[2:], layout == "channels_last"
+        )
+        return dispatch.Problem(self.operator, self.device, self.dtype, geometry)
+
     def _native(self, x, weight):
         case = self.case
-        return F.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.channels)
+        return F.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.groups)
 
     def _fastseg(self, backend: str):
         case = self.case
 
         def run(x, weight):
-            return fastseg.ops.depthwise_conv2d(
-                x, weight, None, case.stride, case.padding, case.dilation, backend=backend
+            return fastseg.ops.conv2d(
+                x, weight, None, case.stride, case.padding, case.dilation, case.groups, backend=backend
             )
 
         return run
@@ -118,7 +127,7 @@ class DepthwiseWorkload:
     @cached_property
     def _expected(self):
         t = self.tensors(seed=0)
-        return expected_depthwise(t["x"], t["weight"], None, *self.geometry, grad_output=t["grad_y"])
+        return expected_conv(t["x"], t["weight"], None, *self.geometry, grad_output=t["grad_y"])
 
     def expected(self, direction: str) -> dict[str, Expected]:
         """What `direction` has to give for the tensors of seed 0, by the names `operators.direction_call` uses."""
@@ -134,7 +143,7 @@ class DepthwiseWorkload:
     def cost(self, direction: str) -> Cost:
         itemsize = self.dtype.itemsize
         x, y = (torch.Size(shape).numel() * itemsize for shape in (self.shape, self.output_shape))
-        weight = self.case.channels * self.case.kernel[0] * self.case.kernel[1] * itemsize
+        weight = math.prod(self.case.filter) * itemsize
         product = 2 * self.live_products
         costs = {
             "forward": Cost(x + weight + y, product),
@@ -150,7 +159,7 @@ class DepthwiseWorkload:
     def live_products(self) -> int:
         """Multiplications of one forward pass whose input lies inside the image."""
         stride, padding, dilation = self.geometry
-        live = self.shape[0] * self.shape[1]
+        live = self.shape[0] * self.case.filter[0] * self.case.filter[1]
         for axis in range(2):
             size, outputs = self.shape[2 + axis], self.output_shape[2 + axis]
             spans = [
@@ -163,7 +172,7 @@ class DepthwiseWorkload:
     @property
     def live_taps(self) -> float:
         """Filter taps that see the image, averaged over the outputs."""
-        return self.live_products / torch.Size(self.output_shape).numel()
+        return self.live_products / (torch.Size(self.output_shape).numel() * self.case.filter[1])
 
     def describe(self) -> dict:
         """The case as JSON, for the record's row."""
@@ -173,6 +182,7 @@ class DepthwiseWorkload:
             "layer": case.layer,
             "operator": self.operator,
             "shape": list(self.shape),
+            "outputs": case.filter[0],
             "kernel": list(case.kernel),
             "stride": list(case.stride),
             "padding": list(case.padding),

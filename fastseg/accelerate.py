@@ -134,11 +134,13 @@ def accelerated(model: torch.nn.Module, **options) -> Iterator[torch.nn.Module]:
             record.reinstate()
 
 
-def kernel_choice(layer: torch.nn.Conv2d, backend: str | None, dtype=None, device_type=None) -> dispatch.Choice:
+def kernel_choice(
+    layer: torch.nn.Conv2d, backend: str | None, dtype=None, device_type=None, geometry=None
+) -> dispatch.Choice:
     """The backend that runs `layer` and why, for the dtype and device of its weight unless others are given."""
     operator = operator_of(layer.in_channels, layer.groups)
-    problem = dispatch.Problem(operator, device_type or layer.weight.device.type, dtype or layer.weight.dtype)
-    return dispatch.choose(problem, backend)
+    dtype, device_type = dtype or layer.weight.dtype, device_type or layer.weight.device.type
+    return dispatch.choose(dispatch.Problem(operator, device_type, dtype, geometry), backend)
 
 
 def requested(layer: torch.nn.Conv2d, backend: str) -> str | None:
@@ -190,8 +192,9 @@ def _sentence(reason: str, layers: list[str]) -> str:
 
 def fallback_reason(layer: torch.nn.Conv2d, backend: str) -> str | None:
     """Why `layer` stays native although a kernel could be expected, or None."""
-    if backend == "native" or operator_of(layer.in_channels, layer.groups) == "dense_conv2d":
-        return None
+    dense = operator_of(layer.in_channels, layer.groups) == "dilated_conv2d"
+    if backend == "native" or (dense and backend == "auto"):
+        return None  # for most dense convolutions native is the fastest, and nothing is missing
     if original_class(layer) is not torch.nn.Conv2d:
         return own_forward_reason(layer)
     try:

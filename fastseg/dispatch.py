@@ -30,12 +30,25 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Geometry(NamedTuple):
+    """The sizes of one convolution, and how its image lies in memory."""
+
+    input: tuple[int, ...]  # [N, C, H, W]
+    weight: tuple[int, ...]  # [K, C / groups, R, S]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]  # top, bottom, left, right
+    dilation: tuple[int, ...]
+    output: tuple[int, int]  # height and width
+    channels_last: bool
+
+
 class Problem(NamedTuple):
     """What a backend is chosen from: one call of one operator."""
 
-    operator: str  # "depthwise_conv2d", "dense_conv2d" or "grouped_conv2d"
+    operator: str  # "depthwise_conv2d", "dilated_conv2d" or "grouped_conv2d"
     device_type: str
     dtype: torch.dtype
+    geometry: Geometry | None = None  # None while tracing, where sizes may be symbols, and where any is meant
 
 
 # (operator, reason) -> number of calls that "auto" left to native.
@@ -84,7 +97,6 @@ def triton_interpreted() -> bool:
 
 # Operators without kernels of their own, and what the user is told.
 _NATIVE_ONLY = {
-    "dense_conv2d": "dense convolutions (groups == 1) run on native, in channels_last",
     "grouped_conv2d": "there are kernels for groups == 1 and groups == channels only",
 }
 
@@ -109,6 +121,8 @@ def _triton_reason(problem: Problem) -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"Triton does not import: {error}"
+    if problem.operator == "dilated_conv2d" and extension.EXTENSION is None:
+        return f"the planner of live taps is part of the extension: {extension.MISSING}"
     return None
 
 
@@ -152,11 +166,47 @@ def _auto(problem: Problem) -> Choice:
         return Choice("native", _NATIVE_ONLY[problem.operator])
     if problem.device_type == "cpu":
         reason = reason_not("cpu", problem)
+        if reason is None and problem.operator == "dilated_conv2d":
+            reason = _dilated_is_native_on_cpu(problem)
         return Choice("native", reason) if reason else Choice("cpu", "faster than native in the committed records")
     return Choice("native", f"no committed record shows a kernel faster than native on {problem.device_type} tensors")
 
 
+def depends_on_geometry(operator: str, device_type: str) -> bool:
+    """Whether "auto" looks at the sizes of such a call."""
+    return operator == "dilated_conv2d" and device_type == "cpu"
+
+
+def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
+    """Why a dense convolution is left to oneDNN, or None where the committed records show our kernel to be faster."""
+    if problem.dtype != torch.float32:
+        return "dense convolutions of low precision run on native on the CPU"
+    geometry = problem.geometry
+    if geometry is None:
+        return "dense convolutions without known sizes run on native on the CPU"
+    images, channels, height, width = geometry.input
+    outputs, _, *kernel = geometry.weight
+    pixels = images * geometry.output[0] * geometry.output[1]
+    if pixels < 64 or channels < 32:
+        return "native is faster for few pixels or channels"
+    if kernel == [1, 1]:
+        if geometry.channels_last or channels * outputs <= 2**15:
+            return None
+        return "native is faster for large 1x1 convolutions of contiguous tensors"
+    # How far the filter reaches over the image's size: the share of outputs some taps of which look at padding.
+    reach = max(d * (k - 1) / size for d, k, size in zip(geometry.dilation, kernel, (height, width), strict=True))
+    if geometry.channels_last:
+        pays = reach >= 0.2 and channels >= 64 and (outputs >= 64 or channels >= 256)
+    else:
+        pays = channels >= 64 and outputs >= 64 and (reach >= 0.6 or (reach >= 0.35 and pixels >= 2048))
+    return None if pays else "native is as fast where nearly all filter taps look at the image"
+
+
+# Choices that were made, by problem and name. Those that depend on sizes are thrown away when they get many, as they do
+# with images of ever new sizes; torch.compile looks at the others only, and would watch the length of these.
 _choices: dict[tuple[Problem, str], Choice] = {}
+_sized_choices: dict[tuple[Problem, str], Choice] = {}
+_MOST_SIZED_CHOICES = 4096
 
 
 def choose(problem: Problem, requested: str | None = None) -> Choice:
@@ -168,9 +218,20 @@ def choose(problem: Problem, requested: str | None = None) -> Choice:
     """
     name = _requested if requested is None else _check_name(requested, "backend")
     key = (problem, name)
+    if problem.geometry is not None:
+        return _choose_by_size(key)
     choice = _choices.get(key)
     if choice is None:
         choice = _choices[key] = _decide(problem, name)
+    return choice
+
+
+def _choose_by_size(key: tuple[Problem, str]) -> Choice:
+    choice = _sized_choices.get(key)
+    if choice is None:
+        if len(_sized_choices) >= _MOST_SIZED_CHOICES:
+            _sized_choices.clear()
+        choice = _sized_choices[key] = _decide(*key)
     return choice
 
 

@@ -12,15 +12,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastseg import dispatch
+from fastseg import dispatch, extension
 from fastseg.accelerate import kernel_choice, own_forward_reason, requested
 from fastseg.ceilings import copy_bandwidth, matmul_rate, median_ms
 from fastseg.chains import find_chains, undisturbed
 from fastseg.nn.conv import Conv2d, convolve, folded
 from fastseg.nn.folding import Chain, Operands, pays, scales_weight
-from fastseg.ops.arguments import normalise
+from fastseg.ops.arguments import ConvArguments, normalise
 from fastseg.ops.batch_norm import INPLACE_ACTIVATIONS
+from fastseg.ops.convolution import geometry_of
 from fastseg.ops.geometry import conv_memory_format, live_outputs
+from fastseg.ops.live_taps import live_share, rectangles
 
 
 @dataclasses.dataclass
@@ -232,7 +234,9 @@ def _plan(call: _Call, chain: Chain | None, accelerated: bool) -> _Plan:
         return _Plan("native", "this layer is not accelerated", "native", call.layout, None)
     else:
         backend, layout = requested(layer, "auto"), torch.channels_last
-    kernel, reason = kernel_choice(layer, backend, call.dtype, call.device.type)
+    arguments = _arguments(call, layout)
+    geometry = None if arguments is None else geometry_of(arguments, layer.weight)
+    kernel, reason = kernel_choice(layer, backend, call.dtype, call.device.type, geometry)
     folds = chain is not None and chain.enabled and pays(layer, call.input, call.device.type)
     return _Plan(kernel, reason, backend, layout, chain if folds else None)
 
@@ -276,7 +280,7 @@ def _row(call: _Call, plan: _Plan, count: int, ms: float, native_ms: float) -> R
         groups=layer.groups,
         kernel=plan.kernel,
         reason=plan.reason,
-        fold=_fold_text(call, plan.chain),
+        fold=_fold_text(call, plan.kernel, plan.chain),
         calls=count,
         ms=ms,
         native_ms=native_ms,
@@ -287,28 +291,40 @@ def _row(call: _Call, plan: _Plan, count: int, ms: float, native_ms: float) -> R
     )
 
 
+def _arguments(call: _Call, layout: torch.memory_format) -> ConvArguments | None:
+    """The call in normal form, with an input that has no data; None where padding holds values."""
+    layer = call.layer
+    if layer.padding_mode != "zeros":
+        return None
+    x = torch.empty(call.input, device="meta", memory_format=layout)
+    weight = torch.empty(layer.weight.shape, device="meta")
+    return normalise(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
 def _live_taps(call: _Call) -> float:
     """The share of (output, tap) pairs inside the image; 1 where padding holds values, or is a stranger's business."""
-    layer = call.layer
-    if layer.padding_mode != "zeros" or _is_foreign(layer):
-        return 1.0
-    x, weight = torch.empty(call.input, device="meta"), torch.empty(layer.weight.shape, device="meta")
-    arguments = normalise(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    arguments = None if _is_foreign(call.layer) else _arguments(call, call.layout)
     if arguments is None:
         return 1.0
+    kernel = tuple(call.layer.kernel_size)
+    geometry = (kernel, arguments.stride, arguments.padding, arguments.dilation)
+    if extension.EXTENSION is not None:
+        return live_share(rectangles("outputs", call.input[2:], *geometry), kernel)
     share = 1.0
     for axis in range(2):
-        size, outputs, taps = call.input[2 + axis], call.output[2 + axis], layer.kernel_size[axis]
+        size, outputs, taps = call.input[2 + axis], call.output[2 + axis], kernel[axis]
         stride, pad, dilation = arguments.stride[axis], arguments.padding[2 * axis], arguments.dilation[axis]
         live = [live_outputs(size, outputs, stride, pad, tap * dilation)[0] for tap in range(taps)]
         share *= sum(part.stop - part.start for part in live) / max(1, outputs * taps)
     return share
 
 
-def _fold_text(call: _Call, chain: Chain | None) -> str:
+def _fold_text(call: _Call, kernel: str, chain: Chain | None) -> str:
     if chain is None:
         return ""
     what = "bn" if chain.activation_name == "none" else f"bn+{chain.activation_name}"
+    if kernel != "native" and call.layer.groups == 1:
+        return f"{what} in the kernel"
     scales = scales_weight(call.layer, call.layer.weight, call.input, call.device.type)
     return f"{what} in {'weight' if scales else 'output'}"
 

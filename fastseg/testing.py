@@ -5,7 +5,8 @@ on the already rounded inputs, and may differ from it by
 
     u_out * |ref| + FACTOR * terms * u_acc * a        a = the same sum over absolute values
 
-where u is the unit roundoff of the output's and the accumulator's dtype. One wrong border pixel breaks it.
+where u is the unit roundoff of the output's and the accumulator's dtype. One wrong border pixel breaks it. TF32 rounds
+both factors of a product to 11 bits first, which adds 2 * 2^-11 * a.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from fastseg.ops.activation import apply_activation
 from fastseg.ops.depthwise import reference as depthwise_reference
+from fastseg.ops.dilated import reference as dilated_reference
 
 UNIT_ROUNDOFF = {
     torch.float16: 2.0**-11,
@@ -30,6 +32,8 @@ SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2
 FACTOR = 2.0
 # The largest slope of any activation (hardswish): how much it can enlarge the error of what it is given.
 STEEPEST_ACTIVATION = 1.5
+# What rounding both factors of a product to TF32 adds to its relative error.
+TF32_PRODUCT = 2 * 2.0**-11
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,13 +48,18 @@ class Expected(NamedTuple):
     bound: torch.Tensor
 
 
-def expected(value: torch.Tensor, absolute: torch.Tensor, terms: int, dtype: torch.dtype, roundoff=None) -> Expected:
+def expected(
+    value: torch.Tensor, absolute: torch.Tensor, terms: int, dtype: torch.dtype, roundoff=None, tf32: bool = False
+) -> Expected:
     """The bound for a sum of `terms` products whose absolute values add up to `absolute`, stored as `dtype`.
 
-    `roundoff` replaces the output dtype's unit roundoff, for arithmetic that truncates where it should round.
+    `roundoff` replaces the output dtype's unit roundoff, for arithmetic that truncates where it should round. `tf32`
+    says that the products are TF32's.
     """
     roundoff = UNIT_ROUNDOFF[dtype] if roundoff is None else roundoff
     accumulated = FACTOR * max(terms, 1) * UNIT_ROUNDOFF[accumulator_dtype(dtype)] * absolute
+    if tf32:
+        accumulated = accumulated + TF32_PRODUCT * absolute
     return Expected(value, roundoff * value.abs() + accumulated * (1 + roundoff) + SMALLEST[dtype])
 
 
@@ -83,8 +92,8 @@ def assert_no_less_accurate(actual, native, exact, times: float, what: str) -> N
         )
 
 
-class DepthwiseExpected(NamedTuple):
-    """What forward and backward of one depthwise convolution have to give."""
+class ConvExpected(NamedTuple):
+    """What forward and backward of one convolution have to give."""
 
     output: Expected
     grad_input: Expected
@@ -92,7 +101,7 @@ class DepthwiseExpected(NamedTuple):
     grad_bias: Expected
 
 
-def expected_depthwise(
+def expected_conv(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -101,12 +110,21 @@ def expected_depthwise(
     dilation: Sequence[int],
     activation: str = "none",
     grad_output: torch.Tensor | None = None,
+    *,
     roundoff: float | None = None,
-) -> DepthwiseExpected:
-    """Values and bounds in float64. `grad_output` is the gradient before the activation; without it, no gradients."""
-    dtype = input.dtype
+    tf32: bool = False,
+) -> ConvExpected:
+    """Values and bounds in float64 of a dense convolution or, with a weight [C * m, 1, R, S], of a depthwise one.
+
+    `padding` is (top, bottom, left, right); `grad_output` is the gradient before the activation, and without it there
+    are no gradients; `roundoff` and `tf32` are those of `expected`.
+    """
+    reference = depthwise_reference if weight.shape[1] == 1 else dilated_reference
     geometry = (stride, padding, dilation)
-    taps = weight.shape[2] * weight.shape[3]
+    products = weight[0].numel()
+
+    def bounded(value, absolute, terms):
+        return expected(value, absolute, terms, input.dtype, roundoff, tf32)
 
     def double(t):
         return None if t is None else t.detach().double()
@@ -114,26 +132,24 @@ def expected_depthwise(
     def absolute(t):
         return None if t is None else t.detach().double().abs()
 
-    z = depthwise_reference.forward(double(input), double(weight), double(bias), *geometry, "none")
-    a = depthwise_reference.forward(absolute(input), absolute(weight), absolute(bias), *geometry, "none")
+    z = reference.forward(double(input), double(weight), double(bias), *geometry, "none")
+    a = reference.forward(absolute(input), absolute(weight), absolute(bias), *geometry, "none")
     if activation == "none":
-        output = expected(z, a, taps + 1, dtype, roundoff)
+        output = bounded(z, a, products + 1)
     else:
         # The activation's own arithmetic in the accumulator's dtype costs a few roundings of its value.
         value = apply_activation(z, activation)
-        output = expected(value, STEEPEST_ACTIVATION * a + 4 * value.abs(), taps + 1, dtype, roundoff)
+        output = bounded(value, STEEPEST_ACTIVATION * a + 4 * value.abs(), products + 1)
     if grad_output is None:
-        return DepthwiseExpected(output, None, None, None)
+        return ConvExpected(output, None, None, None)
 
     mask = (True, True, True)
-    grads = depthwise_reference.backward(double(grad_output), double(input), double(weight), *geometry, mask)
-    sizes = depthwise_reference.backward(absolute(grad_output), absolute(input), absolute(weight), *geometry, mask)
-    multiplier = weight.shape[0] // input.shape[1]
+    grads = reference.backward(double(grad_output), double(input), double(weight), *geometry, mask)
+    sizes = reference.backward(absolute(grad_output), absolute(input), absolute(weight), *geometry, mask)
     pixels = grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3]
-    terms = (taps * multiplier, pixels, pixels)
-    return DepthwiseExpected(
-        output, *(expected(g, s, t, dtype, roundoff) for g, s, t in zip(grads, sizes, terms, strict=True))
-    )
+    reached = weight.numel() // input.shape[1]  # output channels and taps that an input reaches
+    terms = (reached, pixels, pixels)
+    return ConvExpected(output, *(bounded(g, s, t) for g, s, t in zip(grads, sizes, terms, strict=True)))
 
 
 def random_tensor(shape, dtype, *, seed=0, device="cpu", memory_format=torch.contiguous_format) -> torch.Tensor:

@@ -65,12 +65,22 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_configure(config):
+    # Convolutions of float32 tensors are IEEE float32 unless a test asks for TF32.
+    torch.backends.cudnn.allow_tf32 = False
     if RUNG == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("the interpreter rung needs TRITON_INTERPRET=1")
     if RUNG == "host":
         from tests.host.library import load_kernels
 
         load_kernels(sanitize=os.environ.get("FASTSEG_SANITIZE") == "1")
+
+
+@pytest.fixture
+def tf32():
+    """Let convolutions of float32 tensors multiply as TF32 while a test runs."""
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture

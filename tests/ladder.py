@@ -22,7 +22,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cachepr
 CONTRACT = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_opinfo.py", "tests/ops"]
 
 # Sanitizers slow a test down fivefold: forward and gradients in one dtype reach every kernel.
-CPU_KERNELS = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_batch_norm.py"]
+CPU_KERNELS = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_batch_norm.py", "tests/ops"]
 SANITIZED = "within_bound and float32 or any_strides or non_finite and 3x3-s2"
 
 

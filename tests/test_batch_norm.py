@@ -99,7 +99,9 @@ def test_convolution_norm_activation(dtype, groups, activation, scale_weight):
     products = F.conv2d(x.double().abs(), weight.double().abs(), None, *geometry)
     scale = (norm[3].double() / (norm[2].double() + EPS).sqrt()).abs().view(-1, 1, 1)
     wanted = expected(value, absolute + STEEPEST_ACTIVATION * products * scale, weight[0].numel() + 6, dtype)
-    assert_within(folded_conv2d(x, weight, *norm, EPS, *geometry, activation, scale_weight), wanted, "folded")
+    for backend in ("native", "cpu") if groups in (1, 8) else ("native",):
+        y = folded_conv2d(x, weight, *norm, EPS, *geometry, activation, scale_weight, backend)
+        assert_within(y, wanted, f"folded on {backend}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +112,8 @@ def test_the_output_is_scaled_after_the_convolution(dtype, groups, activation):
     torch.manual_seed(0)
     x = torch.randn(1, 8, 9, 7).to(dtype).contiguous(memory_format=torch.channels_last)
     weight, norm = torch.randn(8, 8 // groups, 3, 3).to(dtype), statistics(8, dtype)
-    y = fastseg.ops.conv2d(x, weight, None, 1, 1, 1, groups)
+    backend = "native" if groups == 1 else "cpu"
+    y = fastseg.ops.conv2d(x, weight, None, 1, 1, 1, groups, backend=backend)
     wanted = batch_norm_activation_(y, *norm, EPS, activation)
-    actual = folded_conv2d(x, weight, *norm, EPS, [1, 1], [1, 1], [1, 1], groups, activation, False)
+    actual = folded_conv2d(x, weight, *norm, EPS, [1, 1], [1, 1], [1, 1], groups, activation, False, backend)
     assert torch.equal(actual, wanted)

@@ -14,13 +14,13 @@ import torch
 import fastseg
 from benchmarks import gpu, network, operators, readme, record, report, suite, summary, table, timing
 from benchmarks.__main__ import main
-from benchmarks.cases import DEPTHWISE, DIRECTIONS, DepthwiseCase, select
+from benchmarks.cases import CASES, DIRECTIONS, ConvCase, select
 from benchmarks.network import NetworkCase
-from benchmarks.workload import Candidate, DepthwiseWorkload
+from benchmarks.workload import Candidate, ConvWorkload
 from fastseg.ops.library import OVERLOADS
 
 CEILINGS = {"copy_bytes_per_s": 3e10, "float32_flop_per_s": 2e11}
-TINY = DepthwiseCase("tiny", "a small layer", 8, (9, 7), dilation=(2, 2))
+TINY = ConvCase("tiny", "a small layer", 8, (9, 7), dilation=(2, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,14 @@ def fast(monkeypatch):
     monkeypatch.setattr(timing, "ceilings", lambda device: CEILINGS)
 
 
-def candidates(workload: DepthwiseWorkload, function, layout="channels_last") -> list[Candidate]:
+def candidates(workload: ConvWorkload, function, layout="channels_last") -> list[Candidate]:
     """Native in both layouts, and `function` as the kernel under test."""
     natives = [c for c in workload.candidates() if c.role == "native"]
     return [*natives, Candidate("fastseg", "fastseg", layout, function, "reference", "a test")]
 
 
 def measure(function=None, direction="forward", layout="channels_last") -> dict:
-    workload = DepthwiseWorkload(TINY, torch.float32, "cpu")
+    workload = ConvWorkload(TINY, torch.float32, "cpu")
     function = function or workload._fastseg("reference")
     return operators.measure(workload, direction, CEILINGS, 0.0, candidates(workload, function, layout))
 
@@ -127,14 +127,12 @@ def test_a_wrong_gradient_is_red(direction, monkeypatch):
     def wrong(*args):
         return tuple(None if g is None else g * 1.001 for g in right(*args))
 
-    from fastseg.ops.depthwise import op
-
-    monkeypatch.setitem(op.BACKWARD, "reference", wrong)
+    monkeypatch.setitem(OVERLOADS["depthwise_conv2d_backward"], "reference", wrong)
     assert summary.is_red(measure(direction=direction))
 
 
 def test_a_wrong_baseline_is_no_baseline():
-    workload = DepthwiseWorkload(TINY, torch.float32, "cpu")
+    workload = ConvWorkload(TINY, torch.float32, "cpu")
     good, _, fast = candidates(workload, workload._fastseg("reference"))
     bad = Candidate(
         "native channels_last", "native", "channels_last", lambda x, w: 2 * workload._native(x, w), "native"
@@ -147,7 +145,7 @@ def test_a_wrong_baseline_is_no_baseline():
 @pytest.mark.parametrize("spoil", [lambda y: y * torch.nan, lambda y: y[..., 1:]], ids=["nan", "shape"])
 @pytest.mark.parametrize("role", ["native", "fastseg"])
 def test_a_result_that_cannot_be_compared_is_red(role, spoil):
-    workload = DepthwiseWorkload(TINY, torch.float32, "cpu")
+    workload = ConvWorkload(TINY, torch.float32, "cpu")
     gate = operators.check({"y": spoil(workload.expected("forward")["y"].value)}, workload, "forward", role)
     assert gate["green"] is False
     assert gate["error"] is None
@@ -171,7 +169,7 @@ def test_a_wrong_network_is_red_and_gets_no_speed(monkeypatch):
 
 
 def test_case_ids_are_unique():
-    assert len({case.id for case in DEPTHWISE}) == len(DEPTHWISE)
+    assert len({case.id for case in CASES}) == len(CASES)
     assert [case.id for case in select("sep-aspp*", "cpu")] == [
         "sep-aspp-d18",
         "sep-aspp-d6",
@@ -183,13 +181,13 @@ def test_case_ids_are_unique():
 @pytest.mark.parametrize(("rate", "taps"), [(1, 8.64), (6, 6.95), (12, 5.17), (18, 3.64)])
 def test_live_taps(rate, taps):
     (case,) = select(f"sep-aspp-d{rate}", "cpu")
-    workload = DepthwiseWorkload(case, torch.float32, "cpu")
+    workload = ConvWorkload(case, torch.float32, "cpu")
     assert workload.live_taps == pytest.approx(taps, abs=0.006)
     assert workload.output_shape == workload.shape
 
 
 def test_cost_counts_each_tensor_once():
-    workload = DepthwiseWorkload(TINY, torch.bfloat16, "cpu")
+    workload = ConvWorkload(TINY, torch.bfloat16, "cpu")
     image, weight = 2 * 8 * 9 * 7, 2 * 8 * 9
     assert workload.cost("forward").bytes == 2 * image + weight
     assert workload.cost("backward").bytes == 3 * image + 2 * weight

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import fastseg
-from fastseg.testing import assert_within, expected_depthwise, random_tensor
+from fastseg.testing import assert_within, expected_conv, random_tensor
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = pytest.mark.parametrize(
@@ -24,38 +24,47 @@ LAYOUTS = pytest.mark.parametrize(
 )
 
 
-def inputs(target, dtype=torch.float32, layout=torch.contiguous_format, size=(9, 10)):
+FILTERS = {"depthwise_conv2d": (8, 1, 3, 3), "dilated_conv2d": (8, 8, 3, 3)}
+OPERATORS = pytest.mark.parametrize("operator", FILTERS)
+
+
+def inputs(target, dtype=torch.float32, layout=torch.contiguous_format, size=(9, 10), operator="depthwise_conv2d"):
     x = random_tensor((2, 8, *size), dtype, seed=1, device=target.device, memory_format=layout)
-    weight = random_tensor((8, 1, 3, 3), dtype, seed=2, device=target.device)
+    weight = random_tensor(FILTERS[operator], dtype, seed=2, device=target.device)
     return x, weight, random_tensor((8,), dtype, seed=3, device=target.device)
 
 
 @LAYOUTS
+@OPERATORS
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-def test_opcheck(layout, activation, target):
+def test_opcheck(layout, operator, activation, target):
     """Schema, fake kernel (strides included), autograd registration and AOT dispatch with dynamic shapes."""
-    x, weight, bias = inputs(target, layout=layout)
+    x, weight, bias = inputs(target, layout=layout, operator=operator)
     geometry = ([1, 2], [2, 1, 0, 3], [2, 1])
-    forward = getattr(torch.ops.fastseg.depthwise_conv2d, target.backend)
+    forward = getattr(getattr(torch.ops.fastseg, operator), target.backend)
     torch.library.opcheck(forward, (x.requires_grad_(), weight.requires_grad_(), bias, *geometry, activation))
     y = forward(x, weight, bias, *geometry, activation)
-    backward = getattr(torch.ops.fastseg.depthwise_conv2d_backward, target.backend)
+    backward = getattr(getattr(torch.ops.fastseg, f"{operator}_backward"), target.backend)
     for mask in ([True, True, True], [True, False, False], [False, True, True]):
         gradient_inputs = (torch.ones_like(y).detach(), x.detach(), weight.detach())
         torch.library.opcheck(backward, (*gradient_inputs, *geometry, mask))
 
 
 @LAYOUTS
-def test_compile_fullgraph_with_dynamic_shapes(layout, target):
+@OPERATORS
+def test_compile_fullgraph_with_dynamic_shapes(layout, operator, target):
+    groups = 8 // FILTERS[operator][1]
+
     def block(x, weight, bias):
-        y = fastseg.ops.conv2d(x, weight, bias, 1, 2, 2, 8, activation="relu", backend=target.backend)
-        return fastseg.ops.depthwise_conv2d(y * 2, weight, padding="same", backend=target.backend).sigmoid()
+        y = fastseg.ops.conv2d(x, weight, bias, 1, 2, 2, groups, activation="relu", backend=target.backend)
+        y = fastseg.ops.conv2d(y * 2, weight, padding="same", groups=groups, backend=target.backend)
+        return y.sigmoid()
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(block, fullgraph=True, dynamic=True)
     for size in ((9, 10), (12, 7), (15, 15)):
-        tensors = [t.requires_grad_() for t in inputs(target, layout=layout, size=size)]
+        tensors = [t.requires_grad_() for t in inputs(target, layout=layout, size=size, operator=operator)]
         eager, traced = block(*tensors), compiled(*tensors)
         torch.testing.assert_close(traced, eager)
         assert traced.stride() == eager.stride()
@@ -104,7 +113,7 @@ def test_autocast(dtype, layout, target):
         native = F.conv2d(x, weight, bias, groups=8)
     assert y.dtype == native.dtype == dtype
     low = [t.detach().to(dtype) for t in (x, weight, bias)]
-    wanted = expected_depthwise(*low, (1, 1), (0, 0, 0, 0), (1, 1), roundoff=target.roundoff(dtype))
+    wanted = expected_conv(*low, (1, 1), (0, 0, 0, 0), (1, 1), roundoff=target.roundoff(dtype))
     assert_within(y, wanted.output, "output")
     y.float().sum().backward()
     assert weight.grad.dtype == torch.float32

@@ -128,6 +128,17 @@ def test_no_less_accurate_than_native(family, case, dtype, target):
         assert_no_less_accurate(torch.stack(own), torch.stack(other), torch.stack(value), times, name)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=short)
+@pytest.mark.parametrize(("family", "case"), cases(lambda f, n, c: f.takes_tf32 and n in f.key_cases))
+def test_tf32_within_bound(family, case, layout, target, tf32):
+    tensors = require_grad(make(family, case, torch.float32, target, layout=layout))
+    y = family.run(case, tensors, target.backend)
+    grad_output = random_like(y)
+    wanted = family.expected(case, tensors, grad_output, None, tf32=True)
+    for name, result, bound in zip(NAMES, (y.detach(), *gradients(y, tensors, grad_output)), wanted, strict=False):
+        assert_within(result, bound, name)
+
+
 # Promise 2: exact on small integers.
 
 
@@ -250,7 +261,7 @@ def test_unbatched_input(family, target):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_any_strides(family, target):
-    for case in (family.cases["3x3"], family.cases["3x3-s2"], family.cases["one-pixel"], family.cases["multiplier-2"]):
+    for case in (family.cases[name] for name in family.strided_cases):
         tensors = require_grad(make(family, case, torch.float32, target))
         for name, x in strided_variants(tensors[0].detach()).items():
             views = (x.requires_grad_(), *tensors[1:])

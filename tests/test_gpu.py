@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastseg
-from fastseg.testing import assert_within, expected_depthwise, integer_tensor, random_tensor
+from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
 
 pytestmark = pytest.mark.skipif(os.environ.get("FASTSEG_RUNG") != "gpu", reason="rung 5: needs a GPU")
 
@@ -103,7 +103,7 @@ def test_real_sizes_within_bound(rate, dtype, target):
     x, weight = x.requires_grad_(), weight.requires_grad_()
     y = fastseg.ops.depthwise_conv2d(x, weight, padding=rate, dilation=rate, backend=target.backend)
     grad_output = random_tensor(tuple(y.shape), dtype, seed=3, device=target.device)
-    wanted = expected_depthwise(
+    wanted = expected_conv(
         x, weight, None, (1, 1), (rate,) * 4, (rate, rate), "none", grad_output, target.roundoff(dtype)
     )
     grads = torch.autograd.grad(y, (x, weight), grad_output)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastseg
-from fastseg.testing import integer_tensor, random_tensor
+from fastseg.testing import integer_tensor
 
 # Integers make both sides exact, so that each identity is an equality.
 GEOMETRIES = {
@@ -16,31 +16,50 @@ GEOMETRIES = {
 }
 
 
+FILTERS = {"depthwise": (8, 1, 3, 3), "dense": (6, 8, 3, 3)}
+
+
 def convolve(target, x, weight, bias=None, **geometry):
-    return fastseg.ops.depthwise_conv2d(x, weight, bias, backend=target.backend, **geometry)
+    groups = x.shape[1] // weight.shape[1]
+    return fastseg.ops.conv2d(x, weight, bias, groups=groups, backend=target.backend, **geometry)
 
 
 @pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def tensors(request, target):
+def image(request, target):
     x = integer_tensor((2, 8, 9, 11), torch.float32, seed=1, device=target.device)
-    weight = integer_tensor((8, 1, 3, 3), torch.float32, seed=2, device=target.device)
-    return x.contiguous(memory_format=request.param), weight
+    return x.contiguous(memory_format=request.param)
+
+
+@pytest.fixture(params=FILTERS.values(), ids=FILTERS)
+def tensors(request, image, target):
+    return image, integer_tensor(request.param, torch.float32, seed=2, device=target.device)
 
 
 @pytest.mark.parametrize("rate", [2, 3, 6])
 def test_dilation_is_a_zero_stuffed_kernel(rate, tensors, target):
     x, weight = tensors
-    stuffed = weight.new_zeros(8, 1, 2 * rate + 1, 2 * rate + 1)
+    stuffed = weight.new_zeros(*weight.shape[:2], 2 * rate + 1, 2 * rate + 1)
     stuffed[:, :, ::rate, ::rate] = weight
     dilated = convolve(target, x, weight, padding=rate, dilation=rate)
     assert torch.equal(dilated, convolve(target, x, stuffed, padding=rate))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_channels_are_independent(geometry, tensors, target):
-    x, weight = tensors
-    parts = [convolve(target, x[:, i:j], weight[i:j], **geometry) for i, j in ((0, 3), (3, 8))]
-    assert torch.equal(convolve(target, x, weight, **geometry), torch.cat(parts, 1))
+def test_channels_are_independent(geometry, image, target):
+    weight = integer_tensor(FILTERS["depthwise"], torch.float32, seed=2, device=target.device)
+    parts = [convolve(target, image[:, i:j], weight[i:j], **geometry) for i, j in ((0, 3), (3, 8))]
+    assert torch.equal(convolve(target, image, weight, **geometry), torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_output_channels_are_independent_and_input_channels_add_up(geometry, image, target):
+    weight = integer_tensor(FILTERS["dense"], torch.float32, seed=2, device=target.device)
+    y = convolve(target, image, weight, **geometry)
+    assert torch.equal(
+        y, torch.cat([convolve(target, image, part, **geometry) for part in (weight[:2], weight[2:])], 1)
+    )
+    parts = [convolve(target, image[:, i:j], weight[:, i:j], **geometry) for i, j in ((0, 3), (3, 8))]
+    assert torch.equal(y, parts[0] + parts[1])
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
@@ -74,9 +93,10 @@ def test_gradients_are_adjoint(geometry, tensors, target):
     assert product == (weight * weight.grad).sum()
 
 
-def test_a_shifted_image_gives_a_shifted_result(target):
-    x = random_tensor((1, 8, 12, 12), torch.float32, seed=6, device=target.device)
-    weight = random_tensor((8, 1, 3, 3), torch.float32, seed=7, device=target.device)
+@pytest.mark.parametrize("filter", FILTERS.values(), ids=FILTERS)
+def test_a_shifted_image_gives_a_shifted_result(filter, target):
+    x = integer_tensor((1, 8, 12, 12), torch.float32, seed=6, device=target.device)
+    weight = integer_tensor(filter, torch.float32, seed=7, device=target.device)
     y = convolve(target, x, weight)
     shifted = convolve(target, x.roll((2, 3), (2, 3)), weight)
     assert torch.equal(shifted[:, :, 2:, 3:], y[:, :, :-2, :-3])

@@ -10,7 +10,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import fastseg
 from fastseg.ops.conv2d import operator_of
-from fastseg.testing import assert_within, expected_depthwise
+from fastseg.testing import assert_within, expected_conv
 
 CONV2D = next(op for op in op_db if op.name == "nn.functional.conv2d" and not op.variant_test_name)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64]
@@ -55,15 +55,21 @@ def test_auto_runs_every_sample(dtype, target):
         count += 1
         assert y.shape == native.shape
         assert y.dtype == native.dtype
-        if operator(sample) != "depthwise_conv2d":
+        if operator(sample) == "grouped_conv2d":
             assert torch.equal(y, native)
     if dtype == torch.float32:
         assert count > 20
 
 
-def test_named_backend_runs_every_depthwise_sample(target):
+def dilated_samples(device):
+    """PyTorch's samples with one group."""
+    return [sample for sample in samples(torch.float32, device) if operator(sample) == "dilated_conv2d"]
+
+
+@pytest.mark.parametrize("samples_of", [depthwise_samples, dilated_samples], ids=["depthwise", "dilated"])
+def test_named_backend_runs_every_sample(samples_of, target):
     count = 0
-    for sample in depthwise_samples(target.device):
+    for sample in samples_of(target.device):
         y = fastseg.ops.conv2d(sample.input, *sample.args, **sample.kwargs, backend=target.backend)
         native = CONV2D.op(sample.input, *sample.args, **sample.kwargs)
         assert y.shape == native.shape
@@ -80,11 +86,11 @@ def test_named_backend_runs_every_depthwise_sample(target):
 def test_named_backend_refuses_what_it_has_no_kernel_for(target):
     refused = 0
     for sample in samples(torch.float32, target.device):
-        if operator(sample) != "depthwise_conv2d":
+        if operator(sample) == "grouped_conv2d":
             with pytest.raises(fastseg.BackendError, match="cannot run"):
                 fastseg.ops.conv2d(sample.input, *sample.args, **sample.kwargs, backend=target.backend)
             refused += 1
-    assert refused > 5
+    assert refused > 3
 
 
 @pytest.mark.parametrize("backend", ["named", "auto"])
@@ -140,9 +146,13 @@ def test_bad_arguments_raise_what_native_raises(bad, target):
     assert str(ours.value)[:length] == str(theirs.value)[:length]
 
 
-def test_expected_depthwise_agrees_with_native(target):
+def test_expected_conv_agrees_with_native(target):
     """The bound's own reference is checked against ATen in float64."""
     for stride, padding, dilation in itertools.product((1, 2), (0, 2), (1, 3)):
         x, w = torch.randn(1, 4, 9, 8, dtype=torch.float64), torch.randn(8, 1, 3, 2, dtype=torch.float64)
-        wanted = expected_depthwise(x, w, None, (stride,) * 2, (padding,) * 4, (dilation,) * 2)
-        assert_within(torch.nn.functional.conv2d(x, w, None, stride, padding, dilation, 4), wanted.output, "ATen")
+        geometry = ((stride,) * 2, (padding,) * 4, (dilation,) * 2)
+        depthwise = torch.nn.functional.conv2d(x, w, None, stride, padding, dilation, 4)
+        assert_within(depthwise, expected_conv(x, w, None, *geometry).output, "ATen")
+        w = torch.randn(5, 4, 3, 2, dtype=torch.float64)
+        dense = torch.nn.functional.conv2d(x, w, None, stride, padding, dilation)
+        assert_within(dense, expected_conv(x, w, None, *geometry).output, "ATen")

@@ -193,24 +193,43 @@ at::Tensor native_conv2d(const at::Tensor& input, const at::Tensor& weight,
 
 using Depthwise = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                              at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, std::string_view);
+using Dilated = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                           at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, std::string_view,
+                           const OptionalTensor&);
 
-// Convolution, norm and activation in one call. `scale_weight` chooses between the two ways above.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> cpu_kernel(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "cpu").typed<Signature>();
+}
+
+// Convolution, norm and activation in one call. `backend` is "cpu", our kernels, or "native".
+// Dense ones of ours scale their sums; the others scale the weight, or with `scale_weight` false
+// the output.
 at::Tensor folded_conv2d(const at::Tensor& input,   // [N, C, H, W]
                          const at::Tensor& weight,  // [K, C / groups, R, S]
                          const OptionalTensor& bias, const at::Tensor& mean,
                          const at::Tensor& variance, const OptionalTensor& gamma,
                          const OptionalTensor& beta, double eps, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                         std::string_view activation, bool scale_weight) {
+                         std::string_view activation, bool scale_weight, std::string_view backend) {
   TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
               "fastseg: expected stride, padding and dilation to be (height, width)");
+  const bool own = backend == "cpu";
+  TORCH_CHECK(own || backend == "native",
+              "fastseg: expected backend to be 'cpu' or 'native', but got '", std::string(backend),
+              "'");
+  const int64_t pads[] = {padding[0], padding[0], padding[1], padding[1]};
+  if (own && groups == 1) {
+    static const auto dilated = cpu_kernel<Dilated>("fastseg::dilated_conv2d");
+    const auto [scale, shift] =
+        scale_and_shift(weight.size(0), accumulation_type(weight.scalar_type()), bias, mean,
+                        variance, gamma, beta, eps);
+    return dilated.call(input, weight, shift, stride, pads, dilation, activation, scale);
+  }
   const auto convolve = [&](const at::Tensor& filter, const OptionalTensor& shift,
                             std::string_view applied) {
-    if (groups == input.size(1) && groups > 1) {
-      static const auto depthwise = c10::Dispatcher::singleton()
-                                        .findSchemaOrThrow("fastseg::depthwise_conv2d", "cpu")
-                                        .typed<Depthwise>();
-      const int64_t pads[] = {padding[0], padding[0], padding[1], padding[1]};
+    if (own) {
+      static const auto depthwise = cpu_kernel<Depthwise>("fastseg::depthwise_conv2d");
       return depthwise.call(input, filter, shift, stride, pads, dilation, applied);
     }
     return native_conv2d(input, filter, shift, stride, padding, dilation, groups,

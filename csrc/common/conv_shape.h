@@ -25,4 +25,9 @@ struct ConvShape {
   constexpr int64_t multiplier() const { return K / C; }
 };
 
+// Distances in elements between neighbours of a [N, C, H, W] tensor, or of a weight [K, C, R, S].
+struct Strides4 {
+  int64_t n, c, h, w;
+};
+
 }  // namespace fastseg

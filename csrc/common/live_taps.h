@@ -41,17 +41,23 @@ struct Axis {
   std::vector<AxisClass> classes;
 };
 
+// The positions [begin, end) of an axis' class at which `tap` reads the image.
+struct LiveRange {
+  int64_t begin, end;
+};
+
+inline LiveRange live_range(const Axis& axis, const Tap& tap, int64_t positions) {
+  return {std::clamp<int64_t>(ceil_div(-tap.source, axis.step), 0, positions),
+          std::clamp<int64_t>(ceil_div(axis.sources - tap.source, axis.step), 0, positions)};
+}
+
 // Cuts the positions of a class where a tap enters or leaves the image, so that inside a segment
 // nothing needs a bounds test and padding is never touched.
 inline void cut_segments(const Axis& axis, int64_t index, AxisClass* cls) {
   const int64_t positions = ceil_div(axis.targets - index, axis.period);
   const int64_t count = static_cast<int64_t>(cls->taps.size());
-  const auto live_from = [&](const Tap& tap) {
-    return std::clamp<int64_t>(ceil_div(-tap.source, axis.step), 0, positions);
-  };
-  const auto live_to = [&](const Tap& tap) {
-    return std::clamp<int64_t>(ceil_div(axis.sources - tap.source, axis.step), 0, positions);
-  };
+  const auto live_from = [&](const Tap& tap) { return live_range(axis, tap, positions).begin; };
+  const auto live_to = [&](const Tap& tap) { return live_range(axis, tap, positions).end; };
   std::vector<int64_t> cuts = {0, positions};
   cuts.reserve(2 * cls->taps.size() + 2);
   for (const Tap& tap : cls->taps) {

@@ -12,8 +12,10 @@
 //     B  k = e t + (K / 2) i,  column g                      i = 0, 1
 //     D  row g + 8 (i / 2),  column 2 t + i % 2              i = 0..3
 //
-// Compiled with -DFASTSEG_HOST, mma() gathers the registers of all 32 lanes and multiplies in a
-// loop.
+// load_matrices() fills four such registers at once with 8 x 8 blocks of 16-bit elements from
+// shared memory (ldmatrix), turned around if need be.
+//
+// Compiled with -DFASTSEG_HOST, both gather what the 32 lanes bring and compute in a loop.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -95,9 +97,13 @@ struct FragmentB {
   }
 };
 
-struct FragmentD {
-  float reg[4];
+// D's registers; sums in float64 on ordinary multipliers are spread over the lanes in the same way.
+template <typename Acc>
+struct Sums {
+  Acc reg[4];
 };
+
+using FragmentD = Sums<float>;
 
 #ifdef FASTSEG_HOST
 
@@ -153,6 +159,47 @@ void multiply(void* const* parts) {
 
 }  // namespace mma_detail
 
+namespace mma_detail {
+
+struct MatrixLane {
+  const void* row;
+  uint32_t (*reg)[4];
+};
+
+template <bool TURN>
+void give_matrices(void* const* parts) {
+  uint16_t rows[4][8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& part = *static_cast<const MatrixLane*>(parts[lane]);
+    std::memcpy(rows[lane / 8][lane % 8], part.row, sizeof rows[0][0]);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& part = *static_cast<const MatrixLane*>(parts[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4, column = 2 * (lane % 4);
+      const uint32_t low = TURN ? rows[i][column][row] : rows[i][row][column];
+      const uint32_t high = TURN ? rows[i][column + 1][row] : rows[i][row][column + 1];
+      (*part.reg)[i] = low | high << 16;
+    }
+  }
+}
+
+}  // namespace mma_detail
+
+// Register i of a lane becomes the elements (lane / 4, 2 (lane % 4)) and (lane / 4, 2 (lane % 4) +
+// 1) of the i-th 8 x 8 matrix of 16-bit elements, or those of its transpose; as 32-bit elements
+// seen, (lane / 4, lane % 4) of an 8 x 4 matrix. Lane l brings the address of row l % 8 of matrix
+// l / 8: 16 bytes of shared memory, at a multiple of 16. All 32 lanes must call it together.
+template <bool TURN>
+void load_matrices(uint32_t (&reg)[4], const void* row, host::Place place = host::Place::here()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+    host::fail("ldmatrix from an address that is no multiple of 16", place);
+  }
+  mma_detail::MatrixLane lane{row, &reg};
+  host::meet_in_warp("ldmatrix", 0xffffffff, &lane, mma_detail::give_matrices<TURN>, place,
+                     /*all_lanes=*/true);
+}
+
 // d += a b. All 32 lanes must call it together.
 template <typename T>
 void mma(FragmentD& d, const FragmentA<T>& a, const FragmentB<T>& b,
@@ -179,6 +226,26 @@ FASTSEG_MMA(__half, "m16n8k16.row.col.f32.f16.f16.f32")
 FASTSEG_MMA(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FASTSEG_MMA(tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FASTSEG_MMA
+
+// Register i of a lane becomes the elements (lane / 4, 2 (lane % 4)) and (lane / 4, 2 (lane % 4) +
+// 1) of the i-th 8 x 8 matrix of 16-bit elements, or those of its transpose; as 32-bit elements
+// seen, (lane / 4, lane % 4) of an 8 x 4 matrix. Lane l brings the address of row l % 8 of matrix
+// l / 8: 16 bytes of shared memory, at a multiple of 16. All 32 lanes must call it together.
+template <bool TURN>
+__device__ __forceinline__ void load_matrices(uint32_t (&reg)[4], const void* row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (TURN) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(reg[0]), "=r"(reg[1]), "=r"(reg[2]), "=r"(reg[3])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(reg[0]), "=r"(reg[1]), "=r"(reg[2]), "=r"(reg[3])
+                 : "r"(from)
+                 : "memory");
+  }
+}
 
 #endif
 

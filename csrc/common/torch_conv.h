@@ -84,4 +84,21 @@ inline at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Te
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
+// A size-1 dimension may claim any stride, and an empty tensor has no address: kernels get 0.
+inline int64_t stride_of(const at::Tensor& tensor, int64_t dim) {
+  return tensor.size(dim) > 1 && tensor.numel() > 0 ? tensor.stride(dim) : 0;
+}
+
+inline Strides4 strides_of(const at::Tensor& tensor) {
+  return {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)};
+}
+
+// The tensor itself if its channels (channels-last) or columns lie side by side: slices of either
+// format do. Anything else is copied.
+inline at::Tensor with_neighbours(const at::Tensor& tensor, at::MemoryFormat format) {
+  const int64_t dim = format == at::MemoryFormat::ChannelsLast ? 1 : 3;
+  const bool neighbours = tensor.size(dim) <= 1 || tensor.stride(dim) == 1;
+  return neighbours ? tensor : tensor.contiguous(format);
+}
+
 }  // namespace fastseg

@@ -31,17 +31,20 @@ class DeviceScope {
   cudaStream_t stream() const { return nullptr; }
   // So few that small tests, too, give one block several walks.
   int multiprocessors() const { return 2; }
+  int shared_bytes_per_block() const { return host::kMaxSharedBytesPerBlock; }
 #else
   explicit DeviceScope(const at::Tensor& tensor) : guard_(tensor.device()) {}
   cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
-  int multiprocessors() const {
-    int count = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
-                                          guard_.current_device().index()));
-    return count;
-  }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  int shared_bytes_per_block() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
  private:
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, guard_.current_device().index()));
+    return value;
+  }
+
   c10::cuda::CUDAGuard guard_;
 #endif
 };

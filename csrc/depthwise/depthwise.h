@@ -10,12 +10,7 @@
 
 namespace fastseg {
 
-// Distances in elements between neighbours of a [N, C, H, W] tensor.
-struct Strides4 {
-  int64_t n, c, h, w;
-};
-
-// The same for a weight [K, 1, R, S].
+// Distances in elements between neighbours of a weight [K, 1, R, S].
 struct FilterStrides {
   int64_t k, r, s;
 };

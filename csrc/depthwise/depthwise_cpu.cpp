@@ -7,14 +7,13 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string_view>
 #include <tuple>
 
 #include "csrc/common/conv_shape.h"
 #include "csrc/common/simd.h"
+#include "csrc/common/thread_scratch.h"
 #include "csrc/common/torch_conv.h"
 #include "csrc/depthwise/depthwise_cpu_plan.h"
 
@@ -85,23 +84,6 @@ ConvShape depthwise_shape(const at::Tensor& input, const at::Tensor& weight, at:
               weight.sizes(), " and input ", input.sizes());
   TORCH_CHECK(input.device().is_cpu(), "fastseg: expected CPU tensors, but got ", input.device());
   return shape;
-}
-
-// Memory that a thread keeps between calls.
-char* thread_scratch(int64_t bytes) {
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  static thread_local std::unique_ptr<char, Free> memory;
-  static thread_local int64_t size = 0;
-  if (size < bytes) {
-    const int64_t rounded = round_up(bytes, 64);
-    memory.reset(static_cast<char*>(std::aligned_alloc(64, rounded)));
-    size = memory == nullptr ? 0 : rounded;
-    TORCH_CHECK(memory != nullptr, "fastseg: could not allocate ", rounded,
-                " bytes of scratch memory");
-  }
-  return memory.get();
 }
 
 // `work` in multiply-adds over all items: a thread is not woken for less than a million of them.

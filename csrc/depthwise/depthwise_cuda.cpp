@@ -30,25 +30,8 @@ DepthwiseProblem depthwise_problem(const ConvShape& shape, const at::Tensor& inp
           device.multiprocessors(), force_index64()};
 }
 
-// A size-1 dimension may claim any stride, and an empty tensor has no address: kernels get 0.
-int64_t stride_of(const at::Tensor& tensor, int64_t dim) {
-  return tensor.size(dim) > 1 && tensor.numel() > 0 ? tensor.stride(dim) : 0;
-}
-
-Strides4 strides_of(const at::Tensor& tensor) {
-  return {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), stride_of(tensor, 3)};
-}
-
 FilterStrides filter_strides_of(const at::Tensor& weight) {
   return {stride_of(weight, 0), stride_of(weight, 2), stride_of(weight, 3)};
-}
-
-// The tensor itself if its channels (channels-last) or columns lie side by side: slices of either
-// format do. Anything else is copied.
-at::Tensor with_neighbours(const at::Tensor& tensor, at::MemoryFormat format) {
-  const int64_t dim = format == at::MemoryFormat::ChannelsLast ? 1 : 3;
-  const bool neighbours = tensor.size(dim) <= 1 || tensor.stride(dim) == 1;
-  return neighbours ? tensor : tensor.contiguous(format);
 }
 
 at::Tensor depthwise_conv2d(const at::Tensor& input,                // [N, C, H, W]

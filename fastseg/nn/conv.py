@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 from fastseg import dispatch, extension, ops
 from fastseg.nn import folding
-from fastseg.ops.batch_norm import batch_norm_activation_, fold_batch_norm, folded_conv2d
+from fastseg.ops.arguments import normalise
+from fastseg.ops.batch_norm import batch_norm_activation_, fold_batch_norm, folded_conv2d, scale_and_shift
 from fastseg.ops.conv2d import operator_of
+from fastseg.ops.convolution import geometry_of, run_convolution
 
 
 def convolve(layer: torch.nn.Conv2d, input, weight, bias, activation: str, backend: str | None) -> torch.Tensor:
@@ -104,20 +106,41 @@ def folded(
     """`layer`'s convolution, then the chain's norm and activation, scaled wherever that is faster."""
     weight, statistics, eps = operands.weight, operands.statistics, chain.norm.eps
     scales = folding.scales_weight(layer, weight, input.shape, input.device.type)
-    in_one_call = input.is_cpu and extension.EXTENSION is not None and not torch.is_autocast_enabled("cpu")
-    if in_one_call and input.dtype == weight.dtype:
-        operator = operator_of(input.shape[1], layer.groups)
-        choice = dispatch.choose(dispatch.Problem(operator, "cpu", input.dtype), backend)
-        own = choice.backend == ("cpu" if operator == "depthwise_conv2d" else "native")
-        if own and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+    if input.dtype == weight.dtype and not _autocasts(input.device.type):
+        choice = planned_choice(layer, input, weight, backend)
+        if choice is not None and choice.backend in ("cpu", "native") and input.is_cpu:
             if choice.backend == "native":
-                dispatch.count_native(operator, choice.reason)
+                dispatch.count_native(operator_of(input.shape[1], layer.groups), choice.reason)
             return folded_conv2d(
                 input, weight, *statistics, eps, layer.stride, layer.padding, layer.dilation, layer.groups,
-                chain.activation_name, scales,
+                chain.activation_name, scales, choice.backend,
+            )  # fmt: skip
+        if choice is not None and choice.backend != "native" and layer.groups == 1:
+            scale, shift = scale_and_shift(*statistics, eps)
+            return run_convolution(
+                "dilated_conv2d", input, weight, shift, layer.stride, layer.padding, layer.dilation, 1,
+                chain.activation_name, choice.backend, scale,
             )  # fmt: skip
     if scales:
         scaled, shift = fold_batch_norm(weight, *statistics, eps)
         return convolve(layer, input, scaled, shift, chain.activation_name, backend)
     y = convolve(layer, input, weight, None, "none", backend)
     return batch_norm_activation_(y, *statistics, eps, chain.activation_name)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def planned_choice(layer: torch.nn.Conv2d, input, weight, backend: str | None) -> dispatch.Choice | None:
+    """What runs `layer` on `input`, or None where the layer or the build leaves no choice."""
+    if extension.EXTENSION is None or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    operator = operator_of(input.shape[1], layer.groups)
+    geometry = None
+    if dispatch.depends_on_geometry(operator, input.device.type):
+        arguments = normalise(input, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        if arguments is None:
+            return None
+        geometry = geometry_of(arguments, weight)
+    return dispatch.choose(dispatch.Problem(operator, input.device.type, input.dtype, geometry), backend)

@@ -26,8 +26,8 @@ INPLACE_ACTIVATIONS = {
 }
 
 
-def _scale_and_shift(bias, mean, variance, gamma, beta, eps):
-    """Both [K] and at least float32."""
+def scale_and_shift(bias, mean, variance, gamma, beta, eps):
+    """The norm behind a convolution's bias as two factors [K], at least float32."""
     mean = _at_least_float(mean)
     scale = torch.rsqrt(_at_least_float(variance) + eps)
     if gamma is not None:
@@ -44,12 +44,12 @@ def _at_least_float(t: torch.Tensor) -> torch.Tensor:
 
 
 def _fold(weight, bias, mean, variance, gamma, beta, eps):
-    scale, shift = _scale_and_shift(bias, mean, variance, gamma, beta, eps)
+    scale, shift = scale_and_shift(bias, mean, variance, gamma, beta, eps)
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
 
 
 def _apply_(y, bias, mean, variance, gamma, beta, eps, activation):
-    scale, shift = _scale_and_shift(bias, mean, variance, gamma, beta, eps)
+    scale, shift = scale_and_shift(bias, mean, variance, gamma, beta, eps)
     torch.addcmul(shift.view(-1, 1, 1), y, scale.view(-1, 1, 1), out=y)
     return INPLACE_ACTIVATIONS[activation](y)
 
@@ -58,7 +58,7 @@ LIBRARY.define(f"fold_batch_norm(Tensor weight, {_STATISTICS}) -> (Tensor, Tenso
 LIBRARY.define(f"batch_norm_activation_(Tensor(a!) y, {_STATISTICS}, str activation) -> Tensor(a!)")
 LIBRARY.define(
     f"folded_conv2d(Tensor input, Tensor weight, {_STATISTICS}, int[] stride, int[] padding, int[] dilation,"
-    " int groups, str activation, bool scale_weight) -> Tensor"
+    " int groups, str activation, bool scale_weight, str backend) -> Tensor"
 )
 LIBRARY.impl("fold_batch_norm", _fold, "CompositeExplicitAutograd")
 LIBRARY.impl("batch_norm_activation_", _apply_, "CompositeExplicitAutograd")

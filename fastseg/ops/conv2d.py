@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from fastseg.ops import depthwise, dilated  # noqa: F401  their operators
 from fastseg.ops.convolution import run_convolution
 
 
 def operator_of(channels: int, groups: int) -> str:
     """The operator that runs a convolution of `channels` input channels in `groups` groups."""
     if groups == 1:
-        return "dense_conv2d"
+        return "dilated_conv2d"
     return "depthwise_conv2d" if groups == channels else "grouped_conv2d"
 
 
@@ -34,7 +35,8 @@ def conv2d(
         bias: [K] or None.
         stride, dilation: one int or (height, width), in pixels.
         padding: one int, (height, width), "same" or "valid", in pixels.
-        groups: groups == C runs the depthwise kernels; everything else runs ATen's convolution.
+        groups: groups == C runs the depthwise kernels, groups == 1 the dilated ones (at any dilation, 1 as well);
+            everything else runs ATen's convolution.
         activation: "none", "relu", "relu6", "hardswish" or "silu", applied to the result.
         backend: "auto", "native", "reference", "cpu", "triton" or "cuda"; None takes the surrounding choice
             (`fastseg.backend`, FASTSEG_BACKEND, "auto").

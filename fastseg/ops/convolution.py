@@ -7,38 +7,61 @@ from torch.autograd import forward_ad
 
 from fastseg import dispatch
 from fastseg.ops.activation import check_activation
-from fastseg.ops.arguments import normalise
+from fastseg.ops.arguments import ConvArguments, normalise
+from fastseg.ops.geometry import output_size
 from fastseg.ops.library import OVERLOADS
 from fastseg.ops.native import native_conv2d
 
 
-def run_convolution(operator, input, weight, bias, stride, padding, dilation, groups, activation, backend):
-    """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d."""
+def run_convolution(operator, input, weight, bias, stride, padding, dilation, groups, activation, backend, scale=None):
+    """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d.
+
+    `scale` [K] multiplies the sums before `bias` is added; only operators with such an argument take it, and never
+    "auto" or "native".
+    """
     check_activation(activation)
-    choice = refusal = None
+    arguments = choice = refusal = None
     if isinstance(input, torch.Tensor):
+        device_type, geometry = input.device.type, None
+        if dispatch.depends_on_geometry(operator, device_type) and not torch.compiler.is_compiling():
+            arguments = normalise(input, weight, bias, stride, padding, dilation, groups)
+            if arguments is None:
+                return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
+            geometry = geometry_of(arguments, weight)
         try:
-            choice = dispatch.choose(dispatch.Problem(operator, input.device.type, input.dtype), backend)
+            choice = dispatch.choose(dispatch.Problem(operator, device_type, input.dtype, geometry), backend)
         except dispatch.BackendError as error:
             refusal = error  # a mistake in the arguments is told first, in PyTorch's words
     if choice is not None and choice.backend == "native":
         dispatch.count_native(operator, choice.reason)
         return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
-    arguments = normalise(input, weight, bias, stride, padding, dilation, groups)
+    if arguments is None:
+        arguments = normalise(input, weight, bias, stride, padding, dilation, groups)
     if arguments is None:
         return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
     if refusal is not None:
         raise refusal
     forward = OVERLOADS[operator][choice.backend]
+    inputs = (arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation)
+    if scale is not None:
+        inputs += (scale,)
     if _records(input, weight, bias):
-        y = forward(arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation)
+        y = forward(*inputs)
     else:
         # The operators' autograd kernels are Python, and would find nothing to do.
         with torch._C._AutoDispatchBelowAutograd():
-            y = forward(
-                arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation
-            )
+            y = forward(*inputs)
     return y if arguments.batched else y.squeeze(0)
+
+
+def geometry_of(arguments: ConvArguments, weight: torch.Tensor) -> dispatch.Geometry:
+    """What dispatch looks at where the sizes decide."""
+    input, stride, padding, dilation = arguments.input, arguments.stride, arguments.padding, arguments.dilation
+    output = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return dispatch.Geometry(
+        tuple(input.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), output,
+        input.stride(1) == 1,
+    )  # fmt: skip
 
 
 def _records(input, weight, bias) -> bool:

@@ -6,6 +6,9 @@ p * stride - pad + tap * dilation.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch._prims_common import suggest_memory_format
 
@@ -26,6 +29,17 @@ def live_outputs(size: int, outputs: int, stride: int, pad: int, offset: int) ->
         return slice(0, 0), slice(0, 0)
     start = first * stride - pad + offset
     return slice(first, last + 1), slice(start, start + (last - first) * stride + 1, stride)
+
+
+def tap_slices(input, weight, size, stride, padding, dilation) -> Iterator[tuple]:
+    """Each filter tap (r, s) with the index of the outputs that it reaches, and that of the inputs it reads there.
+
+    `size` is the outputs' (height, width).
+    """
+    for r, s in itertools.product(range(weight.shape[2]), range(weight.shape[3])):
+        rows, image_rows = live_outputs(input.shape[2], size[0], stride[0], padding[0], r * dilation[0])
+        columns, image_columns = live_outputs(input.shape[3], size[1], stride[1], padding[2], s * dilation[1])
+        yield (r, s), (..., rows, columns), (..., image_rows, image_columns)
 
 
 def conv_memory_format(input: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:

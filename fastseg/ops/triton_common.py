@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from typing import NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, NoReturn
 
 import torch
 import triton
@@ -31,6 +32,10 @@ MAX_GROUP = 8
 def input_index(o_out, i_tap, STRIDE: tl.constexpr, i_pad, i_dilation):
     """The input position that output position `o_out` reads through filter tap `i_tap`, along one axis."""
     return o_out * STRIDE - i_pad + i_tap * i_dilation
+
+
+# Whether Triton's interpreter runs the kernels; settled when this module was imported.
+INTERPRETED = tl.constexpr(not isinstance(input_index, triton.JITFunction))
 
 
 @triton.jit
@@ -105,6 +110,29 @@ def load_tile(p_base, o_tile, m_tile, GROUP: tl.constexpr):
 def store_tile(p_base, o_tile, b_tile, m_tile, GROUP: tl.constexpr):
     """Round a 2-D tile to the dtype of `p_base` and store it."""
     tl.store(tile_pointers(p_base, o_tile, GROUP), b_tile.to(p_base.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def round_to_tf32(b_x):
+    """Round fp32 to the 10 bits of mantissa that TF32 keeps, to nearest: tl.dot drops the others."""
+    if INTERPRETED:  # it knows no assembly
+        bits = (b_x.to(tl.int32, bitcast=True) + 0x1000) & ~0x1FFF
+        b_x = tl.where(b_x == b_x, bits.to(tl.float32, bitcast=True), b_x)
+    else:
+        b_x = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [b_x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return b_x
+
+
+@triton.jit
+def multiply_add(b_left, b_right, acc, PRECISION: tl.constexpr):
+    """acc + b_left @ b_right, with fp32 operands multiplied as PRECISION says: "tf32" or "ieee"."""
+    if b_left.dtype == tl.float32 and PRECISION == "tf32":
+        b_left, b_right = round_to_tf32(b_left), round_to_tf32(b_right)
+    if INTERPRETED:  # its product of bfloat16 is that of the bits
+        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -195,7 +223,7 @@ def can_run(device_type: str, dtype: torch.dtype) -> str | None:
 
 def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels; settled when this module was imported."""
-    return not isinstance(input_index, triton.JITFunction)
+    return INTERPRETED.value
 
 
 def on_device(tensor: torch.Tensor):
@@ -221,9 +249,46 @@ def group_size(channels: int, *tensors: torch.Tensor) -> int:
     return math.gcd(MAX_GROUP, channels, *strides, *addresses)
 
 
+def strides(names: str, tensor: torch.Tensor) -> dict[str, int]:
+    """The strides of `tensor` as a kernel's arguments, by their names in one string."""
+    return dict(zip(names.split(), tensor.stride(), strict=True))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def needs_index_64(*extents: int) -> bool:
     """Whether some index or offset reaches 2^31. Tests force the wide path with FASTSEG_FORCE_INDEX64=1."""
     return max(extents) > MAX_INT32 or os.environ.get("FASTSEG_FORCE_INDEX64", "0") == "1"
+
+
+class DeviceTable:
+    """A small int32 table that kernels read: made once, copied to each device and stream that asks, never waited for.
+
+    A captured CUDA graph repeats its copy whenever it is replayed, so it gets a tensor of its own, and the pinned rows
+    that it reads then are kept for good.
+    """
+
+    _captured: ClassVar[set[DeviceTable]] = set()
+
+    def __init__(self, rows: Sequence[Sequence[int]]):
+        self._rows = torch.tensor(rows, dtype=torch.int32)
+        self._copies: dict[tuple[int, int], torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The table, for kernels on the current stream of `device`."""
+        if device.type != "cuda":
+            return self._rows.to(device)
+        if not self._rows.is_pinned():
+            self._rows = self._rows.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            DeviceTable._captured.add(self)
+            return self._rows.to(device, non_blocking=True)
+        key = device.index, torch.cuda.current_stream(device).cuda_stream
+        if key not in self._copies:
+            self._copies[key] = self._rows.to(device, non_blocking=True)
+        return self._copies[key]
 
 
 def launch(kernel, programs: int, *args, **constants) -> None:

@@ -11,6 +11,7 @@ is one. Registers differ between compilers, so a row belongs to one version of T
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import os
@@ -96,6 +97,24 @@ class DepthwiseCase(NamedTuple):
         words += [f"tile {'x'.join(map(str, self.tile))}"] if self.tile else []
         return " ".join(words)
 
+    def launches(self) -> list[tuple[object, dict]]:
+        """Every (kernel, arguments) that forward and backward launch, on 16 images of Xception's middle flow."""
+        import torch
+
+        from fastseg.ops.depthwise import triton as operator
+
+        memory_format = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+        options = {"dtype": getattr(torch, self.dtype), "device": "meta"}
+        x = torch.empty(16, 728, 33, 33, memory_format=memory_format, **options)
+        weight = torch.empty(728 * self.multiplier, 1, *self.filter, **options)
+        bias = torch.empty(weight.shape[0], **options) if self.bias else None
+        pad_h, pad_w = (self.dilation * (k - 1) // 2 for k in self.filter)
+        geometry = ((self.stride,) * 2, (pad_h, pad_h, pad_w, pad_w), (self.dilation,) * 2)
+        with caught_launches(operator, self.index_64, self.tile) as launches:
+            y = operator.forward(x, weight, bias, *geometry, self.activation)
+            operator.backward(torch.empty_like(y), x, weight, *geometry, (True, True, self.bias))
+        return launches
+
 
 _NUMBERS = ("stride", "dilation", "multiplier")
 
@@ -122,33 +141,102 @@ def depthwise_cases(target: int) -> list[DepthwiseCase]:
     return cases
 
 
-def depthwise_launches(case: DepthwiseCase) -> list[tuple[object, dict]]:
-    """Every (kernel, arguments) that forward and backward launch, on 16 images of Xception's middle flow."""
-    import contextlib
+class DilatedCase(NamedTuple):
+    """A dense convolution whose kernels are compiled. Its text names the rows."""
 
-    import torch
+    dtype: str = "bfloat16"
+    tf32: bool = False
+    channels: tuple[int, int] = (2048, 256)
+    filter: tuple[int, int] = (3, 3)
+    stride: int = 1
+    images: int = 16
+    activation: str = "none"
+    scale: bool = False  # and bias
+    index_64: bool = False
+    tile: tuple[int, ...] | None = None  # one of the tables' configurations; None: what the planner chooses
 
-    from fastseg.ops.depthwise import triton as operator
+    def __str__(self) -> str:
+        words = [
+            "tf32" if self.tf32 else self.dtype,
+            "{} to {}".format(*self.channels),
+            "x".join(map(str, self.filter)),
+        ]
+        words += [f"stride {self.stride}"] if self.stride != 1 else []
+        words += [f"batch {self.images}"] if self.images != 16 else []
+        words += [self.activation] if self.activation != "none" else []
+        words += ["scale"] if self.scale else []
+        words += ["64-bit"] if self.index_64 else []
+        words += [f"tile {'x'.join(map(str, self.tile))}"] if self.tile else []
+        return " ".join(words)
 
-    memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
-    options = {"dtype": getattr(torch, case.dtype), "device": "meta"}
-    x = torch.empty(16, 728, 33, 33, memory_format=memory_format, **options)
-    weight = torch.empty(728 * case.multiplier, 1, *case.filter, **options)
-    bias = torch.empty(weight.shape[0], **options) if case.bias else None
-    pad_h, pad_w = (case.dilation * (k - 1) // 2 for k in case.filter)
-    geometry = ((case.stride,) * 2, (pad_h, pad_h, pad_w, pad_w), (case.dilation,) * 2)
+    def launches(self) -> list[tuple[object, dict]]:
+        """Every (kernel, arguments) that forward and backward launch, for a branch of DeepLab's ASPP."""
+        import torch
 
+        from fastseg.ops.dilated import triton as operator
+
+        options = {"dtype": getattr(torch, self.dtype), "device": "meta", "memory_format": torch.channels_last}
+        x = torch.empty(self.images, self.channels[0], 33, 33, **options)
+        weight = torch.empty(self.channels[1], self.channels[0], *self.filter, **options)
+        scale = bias = None
+        if self.scale:
+            scale, bias = (torch.empty(self.channels[1], device="meta") for _ in range(2))
+        dilation = 6 if self.stride == 1 else 1
+        pad_h, pad_w = (dilation * (k - 1) // 2 for k in self.filter)
+        geometry = ((self.stride,) * 2, (pad_h, pad_h, pad_w, pad_w), (dilation,) * 2)
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if self.tf32 else "ieee"
+        with caught_launches(operator, self.index_64, self.tile) as launches:
+            y = operator.forward(x, weight, bias, *geometry, self.activation, scale)
+            operator.backward(torch.empty_like(y), x, weight, *geometry, (True, True, False))
+        return launches
+
+
+def dilated_cases(target: int) -> list[DilatedCase]:
+    """Each dtype, wide and narrow channels, and one case for every other code path."""
+    case = DilatedCase
+    cases = [case(dtype=dtype, tf32=tf32) for dtype, tf32 in _DILATED_TYPES]
+    cases += [case(dtype=dtype, tf32=tf32, channels=(67, 19)) for dtype, tf32 in _DILATED_TYPES]
+    cases += [
+        case(dtype="float16"),
+        case(images=1),
+        case(channels=(2048, 21)),
+        case(channels=(2048, 171)),
+        case(channels=(3, 64), filter=(7, 7), stride=2),
+        case(stride=2),
+        case(filter=(1, 1)),
+        case(activation="silu", scale=True),
+        case(index_64=True),
+    ]
+    if target == TILES_TARGET:
+        from fastseg.ops.dilated.triton import CONFIGS, IEEE_CONFIGS, NARROW_CONFIGS
+
+        cases += [case(tile=tile) for tile in CONFIGS]
+        cases += [case(dtype="float32", tf32=True, tile=tile) for tile in CONFIGS]
+        cases += [case(channels=(67, 19), tile=tile) for tile in NARROW_CONFIGS]
+        cases += [case(dtype="float32", tf32=True, channels=(67, 19), tile=tile) for tile in NARROW_CONFIGS]
+        cases += [case(dtype="float32", tile=tile) for tile in IEEE_CONFIGS]
+    return cases
+
+
+_DILATED_TYPES = (("bfloat16", False), ("float32", True), ("float32", False))
+
+
+@contextlib.contextmanager
+def caught_launches(operator, index_64: bool, tile: tuple[int, ...] | None):
+    """A list that fills with the (kernel, arguments) that `operator`, a family's triton.py, would launch."""
     launches = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, {"FASTSEG_FORCE_INDEX64": str(int(case.index_64))}))
+        stack.enter_context(mock.patch.dict(os.environ, {"FASTSEG_FORCE_INDEX64": str(int(index_64))}))
         stack.enter_context(
             mock.patch.object(operator, "launch", lambda kernel, _, **arguments: launches.append((kernel, arguments)))
         )
-        if case.tile:
-            stack.enter_context(operator.forced_config(operator.Config(*case.tile)))
-        y = operator.forward(x, weight, bias, *geometry, case.activation)
-        operator.backward(torch.empty_like(y), x, weight, *geometry, (True, True, case.bias))
-    return launches
+        if tile:
+            stack.enter_context(operator.forced_config(operator.Config(*tile)))
+        yield launches
+
+
+# The families, each as its cases for a target.
+TRITON_CASES = (depthwise_cases, dilated_cases)
 
 
 def triton_compiler() -> str:
@@ -177,10 +265,10 @@ def compile_launch(kernel, arguments: dict, target: int):
     return triton.compile(source, target=gpu, options=options.__dict__)
 
 
-def triton_rows(case: DepthwiseCase, target: int) -> Table:
+def triton_rows(case: DepthwiseCase | DilatedCase, target: int) -> Table:
     """The rows of one case. Runs in a worker process."""
     rows = {}
-    for kernel, arguments in depthwise_launches(case):
+    for kernel, arguments in case.launches():
         compiled = compile_launch(kernel, arguments, target)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -247,7 +335,7 @@ def cuda_sources() -> list[Path]:
 def jobs() -> Iterator[tuple]:
     """(function, *arguments) of every piece of work; each returns rows."""
     for target in TRITON_TARGETS:
-        yield from ((triton_rows, case, target) for case in depthwise_cases(target))
+        yield from ((triton_rows, case, target) for cases in TRITON_CASES for case in cases(target))
     if cuda_sources() and nvcc_compiler() is not None:
         yield from ((nvcc_rows, source, target) for source, target in itertools.product(cuda_sources(), NVCC_TARGETS))
 

@@ -7,12 +7,10 @@ Sums run in float64, are rounded once, and taps outside the image are skipped ra
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from fastseg.ops.activation import apply_activation
-from fastseg.ops.geometry import empty_output, live_outputs, output_size
+from fastseg.ops.geometry import empty_output, output_size, tap_slices
 
 
 def forward(input, weight, bias, stride, padding, dilation, activation):
@@ -21,7 +19,7 @@ def forward(input, weight, bias, stride, padding, dilation, activation):
     x = x.repeat_interleave(multiplier, dim=1)
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     acc = x.new_zeros(input.shape[0], weight.shape[0], *size)
-    for (r, s), outputs, inputs in _taps(input, weight, size, stride, padding, dilation):
+    for (r, s), outputs, inputs in tap_slices(input, weight, size, stride, padding, dilation):
         acc[outputs] += w[:, :, r, s].unsqueeze(-1) * x[inputs]
     if bias is not None:
         acc += bias.double().view(-1, 1, 1)
@@ -35,7 +33,7 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
     multiplier = weight.shape[0] // channels
     x = x.repeat_interleave(multiplier, dim=1)
     grad_x, grad_w = torch.zeros_like(x), torch.zeros_like(w)
-    for (r, s), outputs, inputs in _taps(input, weight, grad_output.shape[2:], stride, padding, dilation):
+    for (r, s), outputs, inputs in tap_slices(input, weight, grad_output.shape[2:], stride, padding, dilation):
         grad_x[inputs] += w[:, :, r, s].unsqueeze(-1) * gy[outputs]
         grad_w[:, 0, r, s] = (x[inputs] * gy[outputs]).sum((0, 2, 3))
     grad_input = grad_weight = grad_bias = None
@@ -47,11 +45,3 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
     if output_mask[2]:
         grad_bias = gy.sum((0, 2, 3)).to(weight.dtype)
     return grad_input, grad_weight, grad_bias
-
-
-def _taps(input, weight, size, stride, padding, dilation):
-    """Each filter tap with the slice of outputs it reaches and the slice of inputs it reads there."""
-    for r, s in itertools.product(range(weight.shape[2]), range(weight.shape[3])):
-        rows, image_rows = live_outputs(input.shape[2], size[0], stride[0], padding[0], r * dilation[0])
-        columns, image_columns = live_outputs(input.shape[3], size[1], stride[1], padding[2], s * dilation[1])
-        yield (r, s), (..., rows, columns), (..., image_rows, image_columns)

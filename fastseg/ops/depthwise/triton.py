@@ -45,7 +45,6 @@ from fastseg.ops.depthwise.triton_plan import (
     REDUCE_BLOCK_SPLITS,
     Config,
     Layout,
-    cdiv,
     plan_forward,
     plan_grad_input,
     plan_grad_weight,
@@ -55,6 +54,7 @@ from fastseg.ops.triton_common import (
     ConvShape,
     activate,
     can_run,
+    cdiv,
     check_like,
     coalesced,
     conv_shape,
@@ -71,6 +71,7 @@ from fastseg.ops.triton_common import (
     output_index,
     split_index,
     store_tile,
+    strides,
     widen,
 )
 
@@ -397,8 +398,8 @@ def forward(input, weight, bias, stride, padding, dilation, activation):
             p_taps=_filter_taps(weight),
             p_bias=None if bias is None else bias.contiguous(),
             p_y=output,
-            **_strides("s_xn s_xc s_xh s_xw", x),
-            **_strides("s_yn s_yk s_yp s_yq", output),
+            **strides("s_xn s_xc s_xh s_xw", x),
+            **strides("s_yn s_yk s_yp s_yq", output),
             ACTIVATION=activation,
             **plan.arguments,
         )
@@ -443,8 +444,8 @@ def _launch_grad_input(shape: ConvShape, gy, weight, grad_input, memory_format) 
         p_gy=gy,
         p_taps=_filter_taps(weight),
         p_gx=grad_input,
-        **_strides("s_gyn s_gyk s_gyp s_gyq", gy),
-        **_strides("s_gxn s_gxc s_gxh s_gxw", grad_input),
+        **strides("s_gyn s_gyk s_gyp s_gyq", gy),
+        **strides("s_gxn s_gxc s_gxh s_gxw", grad_input),
         **plan.arguments,
     )
 
@@ -460,8 +461,8 @@ def _launch_grad_weight(shape: ConvShape, gy, x, grad_weight, grad_bias, memory_
         p_x=x,
         p_partials=partials,
         p_bias_partials=None if grad_bias is None else partials[:, -1],
-        **_strides("s_gyn s_gyk s_gyp s_gyq", gy),
-        **_strides("s_xn s_xc s_xh s_xw", x),
+        **strides("s_gyn s_gyk s_gyp s_gyq", gy),
+        **strides("s_xn s_xc s_xh s_xw", x),
         **plan.arguments,
     )
     launch(
@@ -508,7 +509,3 @@ def _layout(shape: ConvShape, memory_format, *tensors) -> Layout:
         IS_CHANNELS_LAST=is_channels_last,
         IS_INDEX_64=needs_index_64(*offsets, 16 * rows, 16 * columns, shape.R * shape.S * shape.K),
     )
-
-
-def _strides(names: str, tensor) -> dict[str, int]:
-    return dict(zip(names.split(), tensor.stride(), strict=True))

@@ -10,7 +10,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from fastseg.ops.triton_common import ConvShape, is_interpreted
+from fastseg.ops.triton_common import ConvShape, cdiv, is_interpreted
 
 
 class Config(NamedTuple):
@@ -250,7 +250,3 @@ def _unroll(taps: int) -> int:
 def _balanced_block(size: int, largest: int) -> int:
     """The smallest block with which `size` takes as few turns as with blocks of `largest`."""
     return cdiv(size, cdiv(size, largest))
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -1,0 +1,373 @@
+// Dense convolution on the CPU: checks, allocation, the plan of a call, threads, registration. The
+// kernels are in dilated_cpu_kernels.h.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "csrc/common/conv_shape.h"
+#include "csrc/common/simd.h"
+#include "csrc/common/thread_scratch.h"
+#include "csrc/common/torch_conv.h"
+#include "csrc/dilated/dilated_cpu_plan.h"
+
+#define FASTSEG_KERNELS "csrc/dilated/dilated_cpu_kernels.h"
+#include "csrc/common/for_each_simd.h"
+
+namespace fastseg {
+namespace {
+
+using dilated_cpu::Call;
+using dilated_cpu::Filter;
+using dilated_cpu::Image;
+using dilated_cpu::Part;
+using dilated_cpu::ShiftCall;
+using dilated_cpu::Step;
+using dilated_cpu::Steps;
+using dilated_cpu::TargetClass;
+using dilated_cpu::WeightCall;
+using dilated_cpu::WeightTask;
+
+struct Kernels {
+  void (*run_part)(const Call&, const Part&, char*);
+  int64_t (*scratch_bytes)(const Call&);
+  void (*run_weight_task)(const WeightCall&, const WeightTask&, char*);
+  int64_t weight_scratch_bytes;
+  void (*run_shift)(const ShiftCall&, int64_t, int64_t, char*);
+  void (*to_channels_last)(const void*, int64_t, int64_t, int64_t, int64_t, void*);
+  int64_t tile_rows, panel_columns, max_depth;
+};
+
+// clang-format off: one line for each thing
+#define FASTSEG_KERNELS_OF(simd)                           \
+  {simd::run_part<S>, simd::scratch_bytes<S>,              \
+   simd::run_weight_task<S>, simd::kWeightScratchBytes<T>, \
+   simd::run_shift<T>,                                     \
+   simd::to_channels_last<S>,                              \
+   simd::kTileRows, simd::kPanelColumns<T>, simd::kMaxDepth<T>}
+// clang-format on
+
+template <class S>
+Kernels kernels_of() {
+  using T = typename Accumulator<S>::type;
+#if FASTSEG_SIMD_X86
+  if (capability() == Capability::kAvx512) return FASTSEG_KERNELS_OF(avx512);
+  if (capability() == Capability::kAvx2) return FASTSEG_KERNELS_OF(avx2);
+#endif
+  return FASTSEG_KERNELS_OF(plain);
+}
+
+#undef FASTSEG_KERNELS_OF
+
+Kernels kernels_for(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return kernels_of<float>();
+    case at::kDouble:
+      return kernels_of<double>();
+    case at::kHalf:
+      return kernels_of<Half>();
+    case at::kBFloat16:
+      return kernels_of<BFloat16>();
+    default:
+      TORCH_CHECK(false, "fastseg: expected float64, float32, float16 or bfloat16, but got ", type);
+  }
+}
+
+// A size-1 dimension may claim any stride.
+int64_t stride_of(const at::Tensor& tensor, int64_t dim) {
+  return tensor.size(dim) == 1 ? 1 : tensor.stride(dim);
+}
+
+Image image_of(const at::Tensor& tensor) {  // [N, C, H, W]
+  return {const_cast<void*>(tensor.const_data_ptr()), stride_of(tensor, 0), stride_of(tensor, 1),
+          stride_of(tensor, 2), stride_of(tensor, 3)};
+}
+
+// weight [K, C, R, S] with its channels adjacent: a copy, unless it is channels_last already or has
+// one tap.
+at::Tensor with_adjacent_channels(const at::Tensor& weight) {
+  return stride_of(weight, 1) == 1 ? weight : weight.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+Filter filter_of(const at::Tensor& weight) {
+  return {const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(2),
+          weight.stride(3)};
+}
+
+at::ScalarType accumulation_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Runs task(i) for every i in [0, tasks) on at most `threads` threads; whoever is free takes the
+// next.
+template <class Task>
+void run_tasks(int64_t tasks, int64_t threads, const Task& task) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) task(i);
+  });
+}
+
+// A thread is not woken for less than a million multiply-adds.
+int64_t threads_for(int64_t products) {
+  return std::clamp<int64_t>(products >> 20, 1, at::get_num_threads());
+}
+
+// `tensor` [N, C, H, W] with its channels adjacent. Planes are transposed by our own threads, which
+// takes a fraction of what ATen's copy does.
+at::Tensor with_adjacent_channels(const at::Tensor& tensor, const Kernels& kernels) {
+  const int64_t N = tensor.size(0), C = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
+  if (stride_of(tensor, 1) == 1) return tensor;
+  if (!tensor.is_contiguous()) return tensor.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor copy =
+      at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::ChannelsLast));
+  constexpr int64_t kBlock = 256;
+  const int64_t blocks = ceil_div(pixels, kBlock);
+  const auto* from = static_cast<const char*>(tensor.const_data_ptr());
+  auto* to = static_cast<char*>(copy.mutable_data_ptr());
+  at::parallel_for(0, N * blocks, std::max<int64_t>(1, (1 << 16) / (C * kBlock)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t image = i / blocks * C * pixels * tensor.element_size();
+                       const int64_t first = i % blocks * kBlock;
+                       kernels.to_channels_last(from + image, pixels, first,
+                                                std::min(first + kBlock, pixels), C, to + image);
+                     }
+                   });
+  return copy;
+}
+
+ConvShape dense_shape(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef stride,
+                      at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const ConvShape shape = conv_shape(input, weight, stride, padding, dilation);
+  TORCH_CHECK(shape.C > 0 && shape.K > 0 && shape.R > 0 && shape.S > 0 && weight.size(1) == shape.C,
+              "fastseg: expected weight [K, C, R, S] for input [N, C, H, W], but got weight ",
+              weight.sizes(), " and input ", input.sizes());
+  TORCH_CHECK(input.device().is_cpu(), "fastseg: expected CPU tensors, but got ", input.device());
+  return shape;
+}
+
+// A [K] tensor in the accumulator's type.
+at::Tensor per_channel(const std::optional<at::Tensor>& tensor, const char* name, int64_t K,
+                       at::ScalarType type) {
+  if (!tensor) return {};
+  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == K && tensor->device().is_cpu(),
+              "fastseg: expected ", name, " [", K, "] on the CPU, but got ", tensor->sizes(),
+              " on ", tensor->device());
+  return tensor->to(type).contiguous();
+}
+
+// Whether the pixels of all images follow each other at equal distances.
+bool is_one_row(const Image& image, int64_t N, int64_t H, int64_t W) {
+  return (H == 1 || image.h == W * image.w) && (N == 1 || image.n == H * W * image.w);
+}
+
+// One class of the targets, sums over `channels` channels of the sources.
+void run_class(TargetClass cls, int64_t images, int64_t channels, int64_t columns,
+               const Kernels& kernels, Call call) {
+  const int64_t taps = static_cast<int64_t>(cls.taps.size());
+  if (taps == 1 && dilated_cpu::is_identity(cls) && is_one_row(call.source, images, cls.P, cls.Q) &&
+      is_one_row(call.target, images, cls.P, cls.Q)) {
+    cls = dilated_cpu::flattened(cls, images);
+    images = 1;
+  }
+  const Steps found = dilated_cpu::cut_steps(cls, channels, kernels.max_depth);
+  call.P = cls.P, call.Q = cls.Q;
+  call.step_h = cls.step_h, call.step_w = cls.step_w;
+  call.target.h *= cls.row_period, call.target.w *= cls.column_period;
+  call.clears = !found.start_all;
+  call.finishes_last = !found.finish_all || !call.direct;
+  call.segments = found.segments.data(), call.steps = found.steps.data();
+  call.step_count = static_cast<int64_t>(found.steps.size());
+  for (const Step& step : found.steps) call.depth = std::max(call.depth, step.depth);
+  // Panels fill half of a second-level cache. What the steps read and write at a block of pixels
+  // should stay in the last-level one, but a block has to be worth packing the filter for it.
+  constexpr int64_t kPanelElements = 1 << 17, kBlockElements = 1 << 19, kBlockWork = 1 << 11;
+  const int64_t depth = std::max<int64_t>(1, call.depth);
+  call.block_columns = std::min(round_up(columns, kernels.panel_columns),
+                                round_up(kPanelElements / depth, kernels.panel_columns));
+  const int64_t targets = images * cls.P * cls.Q;
+  call.block_pixels = targets;
+  if (call.step_count > 1 || !call.direct) {
+    const int64_t pixels = kBlockElements / (depth + call.block_columns);
+    call.block_pixels = std::min(targets, std::max(pixels, kBlockWork));
+  }
+
+  const int64_t threads = threads_for(targets * columns * channels * taps);
+  const std::vector<Part> parts = dilated_cpu::cut_parts(cls, images, channels, columns, threads,
+                                                         kernels.tile_rows, kernels.panel_columns);
+  const int64_t scratch_bytes = kernels.scratch_bytes(call);
+  at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.run_part(call, parts[i], thread_scratch(scratch_bytes));
+    }
+  });
+}
+
+// Forward by one product with all taps at once: see ShiftCall.
+void run_few_outputs(const ConvShape& shape, const TargetClass& cls, const at::Tensor& input,
+                     const at::Tensor& weight, const Kernels& kernels, const Call& call) {
+  const at::Tensor filters =
+      weight.permute({2, 3, 0, 1}).reshape({shape.R * shape.S * shape.K, shape.C, 1, 1});
+  const at::Tensor z = at::empty({shape.N, filters.size(0), shape.H, shape.W},
+                                 input.options().memory_format(at::MemoryFormat::ChannelsLast));
+  Call product{};
+  product.source = image_of(input), product.target = image_of(z);
+  product.weight = filter_of(filters);
+  product.direct = true;
+  ConvShape pointwise = shape;
+  pointwise.K = filters.size(0), pointwise.P = shape.H, pointwise.Q = shape.W;
+  pointwise.R = pointwise.S = 1;
+  pointwise.stride_h = pointwise.stride_w = 1;
+  pointwise.pad_top = pointwise.pad_left = 0;
+  run_class(dilated_cpu::target_classes(output_axes(pointwise)).front(), shape.N, shape.C,
+            pointwise.K, kernels, product);
+
+  ShiftCall shift{};
+  shift.P = shape.P, shift.Q = shape.Q, shift.K = shape.K, shift.S = shape.S;
+  shift.step_h = cls.step_h, shift.step_w = cls.step_w;
+  shift.z = z.const_data_ptr();
+  shift.z_n = z.stride(0), shift.z_h = z.stride(2), shift.z_w = z.stride(3);
+  shift.target = call.target;
+  shift.scale = call.scale, shift.bias = call.bias, shift.activation = call.activation;
+  shift.taps = cls.taps.data(), shift.tap_count = static_cast<int64_t>(cls.taps.size());
+  const int64_t row_bytes = shape.Q * shape.K * input.element_size();
+  at::parallel_for(0, shape.N * shape.P, std::max<int64_t>(1, (1 << 19) / (9 * row_bytes)),
+                   [&](int64_t begin, int64_t end) {
+                     kernels.run_shift(shift, begin, end, thread_scratch(row_bytes));
+                   });
+}
+
+at::Tensor dilated_conv2d_cpu(const at::Tensor& input,                // [N, C, H, W]
+                              const at::Tensor& weight,               // [K, C, R, S]
+                              const std::optional<at::Tensor>& bias,  // [K]
+                              at::IntArrayRef stride, at::IntArrayRef padding,
+                              at::IntArrayRef dilation, std::string_view activation,
+                              const std::optional<at::Tensor>& scale) {  // [K]
+  const ConvShape shape = dense_shape(input, weight, stride, padding, dilation);
+  const Kernels kernels = kernels_for(input.scalar_type());
+  const at::ScalarType wide = accumulation_type(input);
+  const at::Tensor b = per_channel(bias, "bias", shape.K, wide);
+  const at::Tensor a = per_channel(scale, "scale", shape.K, wide);
+  Call call{};
+  call.activation = parse_activation(activation);
+
+  const at::Tensor output =
+      at::empty({shape.N, shape.K, shape.P, shape.Q},
+                input.options().memory_format(conv_memory_format(input, weight)));
+  if (output.numel() == 0) return output;
+
+  const TargetClass cls = dilated_cpu::target_classes(output_axes(shape)).front();
+  call.target = image_of(output);
+  call.scale = a.defined() ? a.const_data_ptr() : nullptr;
+  call.bias = b.defined() ? b.const_data_ptr() : nullptr;
+  if (input.scalar_type() == wide && dilated_cpu::shift_pays(shape, cls, kernels.panel_columns)) {
+    run_few_outputs(shape, cls, input, weight, kernels, call);
+    return output;
+  }
+  const at::Tensor w = with_adjacent_channels(weight);
+  // With one tap, inputs are read once, and transposed on the way.
+  const at::Tensor x = shape.R * shape.S == 1 ? input : with_adjacent_channels(input, kernels);
+  call.source = image_of(x), call.weight = filter_of(w);
+  call.direct = call.target.c == 1 && input.scalar_type() == wide;
+  run_class(cls, shape.N, shape.C, shape.K, kernels, call);
+  return output;
+}
+
+void run_grad_input(const ConvShape& shape, const at::Tensor& gy, const at::Tensor& weight,
+                    const Kernels& kernels, const at::Tensor& grad_input) {
+  for (const TargetClass& cls : dilated_cpu::target_classes(input_axes(shape))) {
+    Call call{};
+    call.source = image_of(gy), call.target = image_of(grad_input);
+    call.weight = filter_of(weight);
+    call.turned = true;
+    call.activation = Activation::kNone;
+    call.direct = call.target.c == 1 && gy.scalar_type() == accumulation_type(gy);
+    call.target.data = static_cast<char*>(call.target.data) +
+                       (cls.row * call.target.h + cls.column * call.target.w) * gy.element_size();
+    run_class(cls, shape.N, shape.K, shape.C, kernels, call);
+  }
+}
+
+at::Tensor run_grad_weight(const ConvShape& shape, const at::Tensor& gy, const at::Tensor& x,
+                           const Kernels& kernels) {
+  const TargetClass cls = dilated_cpu::target_classes(output_axes(shape)).front();
+  const int64_t splits = dilated_cpu::weight_splits(cls.taps, shape.N, shape.K, shape.C);
+  const std::vector<WeightTask> tasks =
+      dilated_cpu::cut_weight_tasks(cls.taps, shape.N, shape.K, shape.C, splits);
+  const int64_t all_taps = shape.R * shape.S;
+  const bool dead = static_cast<int64_t>(cls.taps.size()) < all_taps;
+  const std::array<int64_t, 5> sizes = {splits, shape.K, shape.R, shape.S, shape.C};
+  const auto options = x.options().dtype(accumulation_type(x)).memory_format(std::nullopt);
+  const at::Tensor sums = dead ? at::zeros(sizes, options) : at::empty(sizes, options);
+  WeightCall call{};
+  call.step_h = shape.stride_h, call.step_w = shape.stride_w;
+  call.x = image_of(x), call.grad_y = image_of(gy);
+  call.sums = {sums.mutable_data_ptr(), sums.stride(1), sums.stride(2), sums.stride(3)};
+  call.sums_split = sums.stride(0);
+  call.taps = cls.taps.data();
+  run_tasks(static_cast<int64_t>(tasks.size()),
+            threads_for(gy.numel() * shape.C * static_cast<int64_t>(cls.taps.size())),
+            [&](int64_t i) {
+              kernels.run_weight_task(call, tasks[i], thread_scratch(kernels.weight_scratch_bytes));
+            });
+  at::Tensor sum = sums[0];
+  for (int64_t split = 1; split < splits; ++split) sum.add_(sums[split]);
+  return sum.permute({0, 3, 1, 2});
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dilated_conv2d_backward_cpu(
+    const at::Tensor& grad_output,  // [N, K, P, Q]
+    const at::Tensor& input,        // [N, C, H, W]
+    const at::Tensor& weight,       // [K, C, R, S]
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    std::array<bool, 3> output_mask) {
+  const ConvShape shape = dense_shape(input, weight, stride, padding, dilation);
+  const Kernels kernels = kernels_for(input.scalar_type());
+  const std::array<int64_t, 4> output_sizes = {shape.N, shape.K, shape.P, shape.Q};
+  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(output_sizes) &&
+                  grad_output.scalar_type() == input.scalar_type() && grad_output.device().is_cpu(),
+              "fastseg: expected grad_output ", at::IntArrayRef(output_sizes), " of dtype ",
+              input.scalar_type(), ", but got ", grad_output.sizes(), " of dtype ",
+              grad_output.scalar_type());
+
+  at::Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) {
+    grad_input =
+        at::empty(input.sizes(), input.options().memory_format(conv_memory_format(input, weight)));
+  }
+  if (output_mask[1]) grad_weight = at::empty_like(weight);
+  if (output_mask[2]) grad_bias = grad_output.sum({0, 2, 3});
+  if (input.numel() == 0) {
+    if (output_mask[1]) grad_weight.zero_();
+    return {grad_input, grad_weight, grad_bias};
+  }
+  if (!output_mask[0] && !output_mask[1]) return {grad_input, grad_weight, grad_bias};
+
+  const at::Tensor gy = with_adjacent_channels(grad_output, kernels);
+  if (output_mask[0]) {
+    run_grad_input(shape, gy, with_adjacent_channels(weight), kernels, grad_input);
+  }
+  if (output_mask[1]) {
+    grad_weight.copy_(run_grad_weight(shape, gy, with_adjacent_channels(input, kernels), kernels));
+  }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastseg, CPU, library) {
+  library.impl("dilated_conv2d.cpu", &dilated_conv2d_cpu);
+  library.impl("dilated_conv2d_backward.cpu", &dilated_conv2d_backward_cpu);
+}
+
+}  // namespace fastseg

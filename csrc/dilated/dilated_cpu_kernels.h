@@ -1,0 +1,372 @@
+// Dense convolution on the CPU, compiled once per instruction set: see csrc/common/simd.h.
+//
+//     y[n, k, p, q] = act(bias[k] + scale[k] * sum over live taps (r, s) and c of
+//                         weight[k, c, r, s] * x[n, c, p * stride - pad + r * dilation, ...])
+//
+// A thread has a block of outputs times a block of output channels, whose sums stay in the
+// second-level cache. They are built up in steps, one for each live tap and block of channels:
+//
+//     step (tap, channels)      weights -> panels [K / 32][channels][32]             256 KB, L2
+//       outputs the tap reaches, 14 at a time
+//                               the inputs they look at -> tile [14][channels]        15 KB, L1
+//         panels                sums [14][32] += tile * panel                         see product.h
+//
+// A step visits only those outputs whose tap lands inside the image, so padding is never loaded
+// and costs nothing: at ASPP's rates most of the filter does. The copies (about 1 % of the time)
+// take inputs of any layout and dtype, and give the product one that suits it. Sums are finished
+// (scale, bias, activation, rounding, layout) in one pass, or where there is one step, on their way
+// out of the registers.
+
+#include "csrc/common/product.h"  // and with it simd.h
+#include "csrc/dilated/dilated_cpu_plan.h"
+
+namespace fastseg {
+namespace FASTSEG_SIMD {
+
+using dilated_cpu::Call;
+using dilated_cpu::Part;
+using dilated_cpu::Step;
+
+// Pixels [begin, end) of x [C][pixels], planes `plane` elements apart -> y [pixels][C].
+template <class S>
+void to_channels_last(const void* planes, int64_t plane, int64_t begin, int64_t end, int64_t C,
+                      void* pixels) {
+  using T = typename Accumulator<S>::type;
+  const S* x = static_cast<const S*>(planes);
+  S* y = static_cast<S*>(pixels);
+  constexpr int64_t n = kLanes<T>;
+  for (int64_t c = 0; c < C; c += n) {
+    const int64_t deep = C - c;
+    for (int64_t i = begin; i < end; i += n) {
+      Vector<T> rows[n];
+      FASTSEG_UNROLL for (int64_t j = 0; j < n; ++j) {
+        rows[j] = Vector<T>{};
+        if (j < deep) rows[j] = load_columns(x + (c + j) * plane + i, end - i);
+      }
+      transpose<T>(rows);
+      FASTSEG_UNROLL for (int64_t j = 0; j < n; ++j) {
+        if (i + j < end) store_columns(y + (i + j) * C + c, rows[j], deep);
+      }
+    }
+  }
+}
+
+// Where the sums of output `q` of row `row` (counted over [N, P]) wait: in the output itself, or in
+// scratch memory [outputs from `begin` on][block_columns].
+template <class T>
+FASTSEG_INLINE T* sums_of(const Call& call, T* sums, int64_t begin, int64_t row, int64_t q) {
+  if (!call.direct) return sums + (row * call.Q + q - begin) * call.block_columns;
+  return sums + row / call.P * call.target.n + row % call.P * call.target.h + q * call.target.w;
+}
+
+// Asks for the first `depth` elements of the `count` rows that fill_tile() will be called for next.
+template <class S>
+inline void prefetch_rows(const S* a, int64_t row_stride, int64_t count, int64_t depth) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < count; ++i, a += row_stride) {
+    for (int64_t c = 0; c < depth; c += kLine) __builtin_prefetch(a + c);
+  }
+}
+
+// Where the sources of one segment lie, from the pixel that is read at target (n, 0, 0) on.
+FASTSEG_INLINE int64_t offset_of(const Call& call, const dilated_cpu::Segment& segment) {
+  return segment.source_row * call.source.h + segment.source_column * call.source.w +
+         segment.channel * call.source.c;
+}
+
+// Whether the segments of a step are one piece of memory: one tap's channels, or those of taps that
+// look at neighbouring pixels.
+inline bool is_one_piece(const Call& call, const Step& step) {
+  for (int64_t i = step.first; i + 1 < step.last; ++i) {
+    const int64_t next = offset_of(call, call.segments[i]) + call.segments[i].depth;
+    if (offset_of(call, call.segments[i + 1]) != next) return false;
+  }
+  return call.source.c == 1 && step.first < step.last;
+}
+
+// One step over the targets [begin, end) and `columns` columns.
+template <class S, class T>
+inline void run_step(const Call& call, const Step& step, int64_t begin, int64_t end, T* sums,
+                     const T* panels, int64_t columns, const Finish<T>* finish, T* tile) {
+  constexpr int64_t kFewRows = 4;  // with fewer, multiply-adds wait for each other
+  const int64_t pixel_step = call.step_w * call.source.w;
+  const bool in_place = std::is_same_v<S, T> && is_one_piece(call, step) && !aliased<S>(pixel_step);
+  T* targets[kTileRows];
+  int rows = 0;
+  for (int64_t row = begin / call.Q; row * call.Q < end; ++row) {
+    const int64_t n = row / call.P, p = row % call.P;
+    if (p < step.rows.begin || p >= step.rows.end) continue;
+    int64_t q = begin - row * call.Q, last = end - row * call.Q;
+    if (q < step.columns.begin) q = step.columns.begin;
+    if (last > step.columns.end) last = step.columns.end;
+    if (q >= last) continue;
+    const S* source = static_cast<const S*>(call.source.data) + n * call.source.n +
+                      p * call.step_h * call.source.h;
+    T* target = sums_of(call, sums, begin, row, 0);
+    const int64_t target_step = call.direct ? call.target.w : call.block_columns;
+
+    if constexpr (std::is_same_v<S, T>) {
+      // Tiles of equal height: three of 11 rows rather than two of 14 and one of 5.
+      const int64_t tiles = (last - q + kTileRows - 1) / kTileRows;
+      const S* from = in_place ? source + offset_of(call, call.segments[step.first]) : source;
+      for (int64_t i = in_place ? tiles : 0; i > 0 && last - q >= kFewRows * i; --i) {
+        const int64_t count = (last - q + i - 1) / i;
+        T* own_targets[kTileRows];
+        for (int64_t j = 0; j < count; ++j) own_targets[j] = target + (q + j) * target_step;
+        prefetch_rows(from + (q + count) * pixel_step, pixel_step, i > 1 ? count : 0, step.depth);
+        multiply_tile(from + q * pixel_step, pixel_step, static_cast<int>(count), panels,
+                      step.depth, own_targets, columns, step.starts, finish);
+        q += count;
+      }
+    }
+    while (q < last) {
+      const int64_t count = last - q < kTileRows - rows ? last - q : kTileRows - rows;
+      const int64_t ahead = last - q - count < kTileRows ? last - q - count : kTileRows;
+      T* place = tile + rows * kTilePitch<T>;
+      for (int64_t i = step.first; i < step.last; ++i) {
+        const dilated_cpu::Segment& segment = call.segments[i];
+        const S* from = source + q * pixel_step + offset_of(call, segment);
+        fill_tile(from, pixel_step, call.source.c, count, segment.depth, place);
+        if (call.source.c == 1) {
+          prefetch_rows(from + count * pixel_step, pixel_step, ahead, segment.depth);
+        }
+        place += segment.depth;
+      }
+      for (int64_t i = 0; i < count; ++i) targets[rows + i] = target + (q + i) * target_step;
+      q += count;
+      rows += static_cast<int>(count);
+      if (rows == kTileRows) {
+        multiply_tile(tile, kTilePitch<T>, rows, panels, step.depth, targets, columns, step.starts,
+                      finish);
+        rows = 0;
+      }
+    }
+  }
+  if (rows > 0) {
+    multiply_tile(tile, kTilePitch<T>, rows, panels, step.depth, targets, columns, step.starts,
+                  finish);
+  }
+}
+
+// The weight of one step and of the target channels [k, k + columns), as panels.
+template <class S, class T>
+inline void pack_weight(const Call& call, const Step& step, int64_t k, int64_t columns, T* panels) {
+  const int64_t column_stride = call.turned ? 1 : call.weight.k;
+  const int64_t depth_stride = call.turned ? call.weight.k : 1;
+  int64_t place = 0;
+  for (int64_t i = step.first; i < step.last; ++i) {
+    const dilated_cpu::Segment& segment = call.segments[i];
+    const S* weight = static_cast<const S*>(call.weight.data) + segment.r * call.weight.r +
+                      segment.s * call.weight.s + k * column_stride +
+                      segment.channel * depth_stride;
+    pack_panels(weight, column_stride, depth_stride, columns, segment.depth, panels, place,
+                step.depth);
+    place += segment.depth;
+  }
+}
+
+template <class T>
+inline void clear_row(T* sums, int64_t columns) {
+  int64_t k = 0;
+  for (; k + kLanes<T> <= columns; k += kLanes<T>) store(sums + k, Vector<T>{});
+  if (k < columns) store_first(sums + k, Vector<T>{}, columns - k);
+}
+
+template <class T>
+FASTSEG_INLINE Vector<T> finished(Vector<T> sum, const Finish<T>& finish, int64_t k,
+                                  int64_t count) {
+  if (finish.scale != nullptr) sum *= load_columns(finish.scale + k, count);
+  if (finish.bias != nullptr) sum += load_columns(finish.bias + k, count);
+  return activate<T>(sum, finish.activation);
+}
+
+// Sums [count][pitch] of neighbouring pixels -> y.
+template <class S, class T>
+inline void finish_pixels(const T* sums, int64_t pitch, int64_t count, int64_t columns,
+                          const Finish<T>& finish, S* y, int64_t channel_stride,
+                          int64_t pixel_stride) {
+  constexpr int64_t n = kLanes<T>;
+  for (int64_t k = 0; k < columns; k += n) {
+    const int64_t wide = columns - k;
+    for (int64_t begin = 0; begin < count; begin += n) {
+      const int64_t pixels = count - begin < n ? count - begin : n;
+      const T* from = sums + begin * pitch + k;
+      S* to = y + begin * pixel_stride + k * channel_stride;
+      if (channel_stride == 1) {
+        for (int64_t i = 0; i < pixels; ++i, from += pitch, to += pixel_stride) {
+          const Vector<T> value = finished<T>(load_columns(from, wide), finish, k, wide);
+          wide >= n ? store(to, value) : store_first(to, value, wide);
+        }
+      } else {
+        Vector<T> rows[n];
+        for (int64_t i = 0; i < n; ++i) {
+          rows[i] = Vector<T>{};
+          if (i < pixels)
+            rows[i] = finished<T>(load_columns(from + i * pitch, wide), finish, k, wide);
+        }
+        transpose<T>(rows);
+        for (int64_t i = 0; i < n && i < wide; ++i, to += channel_stride) {
+          if (pixel_stride == 1) {
+            pixels == n ? store(to, rows[i]) : store_first(to, rows[i], pixels);
+          } else {
+            for (int64_t j = 0; j < pixels; ++j) narrow(rows[i][j], to + j * pixel_stride);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Bytes of scratch memory that run_part() wants.
+template <class S>
+int64_t scratch_bytes(const Call& call) {
+  using T = typename Accumulator<S>::type;
+  const int64_t panels = packed_size<T>(call.block_columns, call.depth);
+  const int64_t sums = call.direct ? 0 : call.block_pixels * call.block_columns;
+  return (panels + sums + kTileRows * kTilePitch<T>)*static_cast<int64_t>(sizeof(T));
+}
+
+template <class S>
+void run_part(const Call& call, const Part& part, char* scratch) {
+  using T = typename Accumulator<S>::type;
+  T* tile = reinterpret_cast<T*>(scratch);
+  T* panels = tile + kTileRows * kTilePitch<T>;
+  T* block = panels + packed_size<T>(call.block_columns, call.depth);
+
+  for (int64_t k = part.first; k < part.last; k += call.block_columns) {
+    const int64_t columns = part.last - k < call.block_columns ? part.last - k : call.block_columns;
+    const Finish<T> finish = {
+        call.scale == nullptr ? nullptr : static_cast<const T*>(call.scale) + k,
+        call.bias == nullptr ? nullptr : static_cast<const T*>(call.bias) + k, call.activation};
+    S* y = static_cast<S*>(call.target.data) + k * call.target.c;
+    for (int64_t begin = part.begin; begin < part.end; begin += call.block_pixels) {
+      const int64_t end =
+          part.end - begin < call.block_pixels ? part.end : begin + call.block_pixels;
+      T* sums = block;
+      if constexpr (std::is_same_v<S, T>) {
+        if (call.direct) sums = y;
+      }
+      if (call.clears) {
+        for (int64_t o = begin; o < end; ++o) {
+          clear_row(sums_of(call, sums, begin, o / call.Q, o % call.Q), columns);
+        }
+      }
+      for (int64_t i = 0; i < call.step_count; ++i) {
+        const Step& step = call.steps[i];
+        pack_weight<S>(call, step, k, columns, panels);
+        run_step<S, T>(call, step, begin, end, sums, panels, columns,
+                       !call.finishes_last && step.finishes ? &finish : nullptr, tile);
+      }
+      if (!call.finishes_last) continue;
+      for (int64_t row = begin / call.Q; row * call.Q < end; ++row) {
+        int64_t q = begin - row * call.Q, last = end - row * call.Q;
+        if (q < 0) q = 0;
+        if (last > call.Q) last = call.Q;
+        S* to = y + row / call.P * call.target.n + row % call.P * call.target.h + q * call.target.w;
+        finish_pixels(sums_of(call, sums, begin, row, q),
+                      call.direct ? call.target.w : call.block_columns, last - q, columns, finish,
+                      to, call.target.c, call.target.w);
+      }
+    }
+  }
+}
+
+// ---- Few output channels ----
+
+// Rows [begin, end) of the targets, counted over [N, P]. `scratch` holds Q * K sums.
+template <class T>
+void run_shift(const dilated_cpu::ShiftCall& call, int64_t begin, int64_t end, char* scratch) {
+  T* sums = reinterpret_cast<T*>(scratch);
+  const Finish<T> finish = {static_cast<const T*>(call.scale), static_cast<const T*>(call.bias),
+                            call.activation};
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row / call.P, p = row % call.P;
+    clear_row(sums, call.Q * call.K);
+    for (int64_t i = 0; i < call.tap_count; ++i) {
+      const dilated_cpu::LiveTap& tap = call.taps[i];
+      if (p < tap.rows.begin || p >= tap.rows.end) continue;
+      const T* z = static_cast<const T*>(call.z) + n * call.z_n +
+                   (p * call.step_h + tap.source_row) * call.z_h + tap.source_column * call.z_w +
+                   (tap.r * call.S + tap.s) * call.K;
+      for (int64_t q = tap.columns.begin; q < tap.columns.end; ++q) {
+        const T* from = z + q * call.step_w * call.z_w;
+        T* to = sums + q * call.K;
+        for (int64_t k = 0; k < call.K; k += kLanes<T>) {
+          const int64_t count = call.K - k;
+          store_columns(to + k, load_columns(to + k, count) + load_columns(from + k, count), count);
+        }
+      }
+    }
+    T* y = static_cast<T*>(call.target.data) + n * call.target.n + p * call.target.h;
+    finish_pixels(sums, call.K, call.Q, call.K, finish, y, call.target.c, call.target.w);
+  }
+}
+
+// ---- grad_weight ----
+
+// Bytes of scratch memory that run_weight_task() wants.
+template <class T>
+constexpr int64_t kWeightScratchBytes =
+    (kTileRows * kTilePitch<T> + kMaxDepth<T> * (dilated_cpu::kWeightBlock + kPanelColumns<T>)) *
+    static_cast<int64_t>(sizeof(T));
+
+// A run of neighbouring outputs of one row that a product takes in.
+struct OutputRun {
+  int64_t x, grad_y;  // offsets of its first pixel
+  int64_t count;
+};
+
+template <class S>
+void run_weight_task(const dilated_cpu::WeightCall& call, const dilated_cpu::WeightTask& task,
+                     char* scratch) {
+  using T = typename Accumulator<S>::type;
+  const dilated_cpu::LiveTap& tap = call.taps[task.tap];
+  const S* x = static_cast<const S*>(call.x.data) + task.c * call.x.c + tap.source_row * call.x.h +
+               tap.source_column * call.x.w;
+  const S* grad_y = static_cast<const S*>(call.grad_y.data) + task.k * call.grad_y.c;
+  T* sums = static_cast<T*>(call.sums.data) + task.split * call.sums_split + tap.r * call.sums.r +
+            tap.s * call.sums.s + task.k * call.sums.k + task.c;
+  T* tile = reinterpret_cast<T*>(scratch);
+  T* panels = tile + kTileRows * kTilePitch<T>;
+  const int64_t live_rows = tap.rows.end - tap.rows.begin;
+  const int64_t width = tap.columns.end - tap.columns.begin;
+  const int64_t outputs = (task.end - task.begin) * width;
+
+  // A tap with few live rows leaves some of the splits empty.
+  for (int64_t k = 0; k < task.k_count && outputs == 0; ++k) {
+    clear_row(sums + k * call.sums.k, task.c_count);
+  }
+  for (int64_t begin = 0; begin < outputs; begin += kMaxDepth<T>) {
+    const int64_t depth = outputs - begin < kMaxDepth<T> ? outputs - begin : kMaxDepth<T>;
+    OutputRun runs[kMaxDepth<T>];
+    int64_t run_count = 0;
+    for (int64_t o = begin; o < begin + depth;) {
+      const int64_t row = task.begin + o / width, column = o % width;
+      const int64_t n = row / live_rows, p = tap.rows.begin + row % live_rows;
+      const int64_t q = tap.columns.begin + column;
+      const int64_t left = begin + depth - o;
+      const int64_t count = width - column < left ? width - column : left;
+      runs[run_count++] = {n * call.x.n + p * call.step_h * call.x.h + q * call.step_w * call.x.w,
+                           n * call.grad_y.n + p * call.grad_y.h + q * call.grad_y.w, count};
+      o += count;
+    }
+    for (int64_t i = 0, place = 0; i < run_count; place += runs[i++].count) {
+      pack_panels(x + runs[i].x, call.x.c, call.step_w * call.x.w, task.c_count, runs[i].count,
+                  panels, place, depth);
+    }
+    for (int64_t k = 0; k < task.k_count; k += kTileRows) {
+      const int64_t rows = task.k_count - k < kTileRows ? task.k_count - k : kTileRows;
+      for (int64_t i = 0, place = 0; i < run_count; place += runs[i++].count) {
+        fill_tile(grad_y + runs[i].grad_y + k * call.grad_y.c, call.grad_y.c, call.grad_y.w, rows,
+                  runs[i].count, tile + place);
+      }
+      T* targets[kTileRows];
+      for (int64_t i = 0; i < rows; ++i) targets[i] = sums + (k + i) * call.sums.k;
+      multiply_tile<T>(tile, kTilePitch<T>, static_cast<int>(rows), panels, depth, targets,
+                       task.c_count, begin == 0, static_cast<const Finish<T>*>(nullptr));
+    }
+  }
+}
+
+}  // namespace FASTSEG_SIMD
+}  // namespace fastseg

@@ -1,0 +1,492 @@
+"""Dense convolution in Triton: forward, input gradient and weight gradient as implicit matrix products.
+
+    y[n, k, p, q] = act(bias[k] + scale[k] * sum over (r, s, c) of w[k, c, r, s] * x[n, c, ih, iw])
+    ih = p * stride - pad + r * dilation, and so for columns
+
+Only live taps are loaded and multiplied. The targets (outputs in forward, inputs in grad_input) are cut into rectangles
+on which the set of live taps is constant, and a tile of the product belongs to one of them. A 3x3 filter with "same"
+padding and dilation d leaves nine, each with taps x taps:
+
+            d    columns    d
+        d   2x2    2x3     2x2          a tile: BLOCK_M pixels, flattened over batch x rectangle, x BLOCK_N channels
+      rows  3x2    3x3     3x2          one step of its sum: BLOCK_D source channels of one live tap
+        d   2x2    2x3     2x2          source of pixel (j_h, j_w) at tap (r, s): a constant away from that at (0, 0)
+
+So a tile finds the addresses of its pixels once, and each step adds one number to all of them: no bounds tests and no
+index arithmetic inside the loop. Taps are the inner axis of the sum and channels the outer one, because the taps of a
+tile read nearly the same pixels: they come from L2, and DRAM sees x about once. Column blocks of a tile are neighbours
+in the grid for the same reason. All rectangles share one launch, the longest sums first, so that a small image fills
+the device. A rectangle without taps is a sum without steps, and holds act(bias).
+
+Forward and grad_input are one kernel: the planner (live_taps.py) turns the index map around, and the weight tile is
+transposed or not. grad_weight is a product for each tap, over the rectangle of outputs that read the image through it,
+gy^T [K, pixels] x x [pixels, C]. Its pixels are split over programs that leave fp32 partial sums, which a second stage
+adds in a fixed order: no atomics, the same bits every time.
+
+Every tensor has its channels adjacent (channels_last), and is copied once where it has not, targets too: written
+straight into a contiguous tensor, a tile takes an address for each element, and spills. What limits all three is the
+matrix unit for tiles of 128 x 128, else loads from L2.
+
+Addresses of taps are 64-bit scalars. Offsets of pixels have 32 bits unless IS_INDEX_64, which the host sets from the
+sizes. Tile shapes and tables are triton_plan.py's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from fastseg.ops.dilated.triton_plan import (
+    CONFIGS,
+    IEEE_CONFIGS,
+    NARROW_CONFIGS,
+    RECTANGLE_FIELDS,
+    REDUCE_BLOCK,
+    REDUCE_BLOCK_SPLITS,
+    SPAN_FIELDS,
+    TAP_FIELDS,
+    Config,
+    GradWeightLayout,
+    Layout,
+    device_limits,
+    plan_grad_weight,
+    plan_product,
+)
+from fastseg.ops.geometry import empty_output
+from fastseg.ops.triton_common import (
+    ConvShape,
+    activate,
+    cdiv,
+    check_like,
+    coalesced,
+    conv_shape,
+    fail,
+    group_size,
+    in_groups,
+    launch,
+    multiply_add,
+    needs_index_64,
+    on_device,
+    split_index,
+    store_tile,
+    strides,
+    widen,
+)
+
+__all__ = ["CONFIGS", "IEEE_CONFIGS", "NARROW_CONFIGS", "Config", "backward", "forced_config", "forward"]
+
+# Arguments that change from layer to layer and gain nothing from being known when a kernel is compiled: alignment is
+# told by GROUP_*.
+PRODUCT_SIZES = (
+    *("N", "n_depth", "n_columns", "n_rectangles", "n_steps", "n_blocks", "period_h", "period_w", "step_h", "step_w"),
+    *("s_sn", "s_sh", "s_sw", "s_wk", "s_wr", "s_ws", "s_tn", "s_th", "s_tw"),
+)
+GRAD_WEIGHT_SIZES = (
+    *("N", "K", "C", "n_taps", "n_steps", "n_blocks_k", "n_blocks_c", "stride_h", "stride_w"),
+    *("s_gyn", "s_gyp", "s_gyq", "s_xn", "s_xh", "s_xw"),
+)
+_RECTANGLE_FIELDS = tl.constexpr(RECTANGLE_FIELDS)
+_SPAN_FIELDS = tl.constexpr(SPAN_FIELDS)
+_TAP_FIELDS = tl.constexpr(TAP_FIELDS)
+
+
+@triton.jit
+def find_row(p_table, i_flat, n_rows, FIELDS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The last row that begins (field 0) at or before `i_flat`. Rows ascend; those without entries are passed over."""
+    o_row = tl.arange(0, BLOCK_ROWS)
+    b_first = tl.load(p_table + o_row * FIELDS, mask=o_row < n_rows, other=2147483647)  # [BLOCK_ROWS]
+    return p_table + (tl.sum((b_first <= i_flat).to(tl.int32)) - 1) * FIELDS
+
+
+@triton.jit
+def load_span(p_span):
+    """index, count, number of taps, first source, its jump, first weight, its jump (triton_plan.py)."""
+    i_source = tl.load(p_span + 3).to(tl.int64)
+    i_source_jump = tl.load(p_span + 4).to(tl.int64)
+    i_weight = tl.load(p_span + 5).to(tl.int64)
+    i_weight_jump = tl.load(p_span + 6).to(tl.int64)
+    return (
+        tl.load(p_span), tl.load(p_span + 1), tl.load(p_span + 2), i_source, i_source_jump, i_weight, i_weight_jump
+    )  # fmt: skip
+
+
+def _product_name(specialization) -> str:
+    return "dilated_grad_input" if specialization.constants["IS_GRAD_INPUT"] else "dilated_forward"
+
+
+# fmt: off
+@triton.heuristics({
+    "HAS_SCALE": lambda args: args["p_scale"] is not None,
+    "HAS_BIAS": lambda args: args["p_bias"] is not None,
+})
+@triton.jit(do_not_specialize=PRODUCT_SIZES, repr=_product_name)
+def dilated_product(
+    p_source,  # [N, n_depth, source rows, source columns]: x or gy, channels adjacent
+    p_weight,  # [K, C, R, S], channels adjacent
+    p_scale,  # [n_columns] fp32 or None
+    p_bias,  # [n_columns] or None
+    p_target,  # [N, n_columns, target rows, target columns]: y or gx, channels adjacent
+    p_rectangles,  # [n_rectangles, RECTANGLE_FIELDS]
+    N, n_depth, n_columns, n_rectangles,
+    n_steps,  # of the sum, for each tap
+    n_blocks,  # of columns
+    period_h, period_w,  # from one target of a rectangle to the next
+    step_h, step_w,  # and from its source to the next one's
+    s_sn, s_sh, s_sw,
+    s_wk, s_wr, s_ws,
+    s_tn, s_th, s_tw,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_RECTANGLES: tl.constexpr,
+    GROUP_SOURCE: tl.constexpr, GROUP_WEIGHT: tl.constexpr, GROUP_TARGET: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr,
+):
+    # fmt: on
+    ITEMSIZE: tl.constexpr = p_source.dtype.element_ty.primitive_bitwidth // 8
+    i_block, i_tile = split_index(tl.program_id(0), n_blocks)
+    p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
+    i_tile -= tl.load(p_rectangle)
+    i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 1)
+    i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 1 + _SPAN_FIELDS)
+
+    o_pixel = widen(i_tile, IS_INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_pixels = widen(N, IS_INDEX_64) * n_h * n_w
+    m_pixel = o_pixel < n_pixels
+    # Beyond the last pixel, and the last row of weights, a tile reads that one again: loads need no mask.
+    o_w, o_image = split_index(tl.minimum(o_pixel, n_pixels - 1), n_w)
+    o_h, o_image = split_index(o_image, n_h)
+    o_source = o_image * s_sn + o_h * step_h * s_sh + o_w * step_w * s_sw
+    o_target = o_image * s_tn + (i_th + o_h * period_h) * s_th + (i_tw + o_w * period_w) * s_tw
+    o_column = widen(i_block, IS_INDEX_64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_depth = widen(tl.arange(0, BLOCK_D), IS_INDEX_64)
+    o_source = o_source[:, None] + o_depth[None, :]  # [BLOCK_M, BLOCK_D]
+    if IS_GRAD_INPUT:
+        o_weight = o_depth[:, None] * s_wk + o_column[None, :]  # [BLOCK_D, BLOCK_N]
+        m_weight = (o_column < in_groups(n_columns, GROUP_WEIGHT))[None, :]
+        s_depth = s_wk
+    else:
+        o_weight = tl.minimum(o_column, n_columns - 1)[:, None] * s_wk + o_depth[None, :]  # [BLOCK_N, BLOCK_D]
+        m_weight = True
+        s_depth = 1
+    if not IS_DEPTH_WHOLE:
+        n_source = in_groups(n_depth, GROUP_SOURCE)
+        n_weight = n_depth if IS_GRAD_INPUT else in_groups(n_depth, GROUP_WEIGHT)
+    p_source += i_sh * s_sh + i_sw * s_sw
+    p_weight += i_r * s_wr + i_s * s_ws
+    jump_sh, jump_sw = jump_sh * s_sh, jump_sw * s_sw
+    jump_r, jump_s = jump_r * s_wr, jump_s * s_ws
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    i_depth = 0
+    i_row = 0
+    i_column = 0
+    for _ in tl.range(0, n_r * n_s * n_steps):
+        p_x = p_source + (i_row * jump_sh + i_column * jump_sw + i_depth)
+        p_w = p_weight + (i_row * jump_r + i_column * jump_s + tl.cast(i_depth, tl.int64) * s_depth)
+        m_x = True
+        m_w = m_weight
+        if not IS_DEPTH_WHOLE:
+            m_x = (i_depth + o_depth < n_source)[None, :]
+            m_depth = i_depth + o_depth < n_weight
+            m_w = m_weight & (m_depth[:, None] if IS_GRAD_INPUT else m_depth[None, :])
+        p_x = tl.multiple_of(p_x + o_source, [1, GROUP_SOURCE * ITEMSIZE])
+        p_w = tl.multiple_of(p_w + o_weight, [1, GROUP_WEIGHT * ITEMSIZE])
+        b_x = tl.load(p_x, mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_D]
+        b_w = tl.load(p_w, mask=m_w, other=0.0)  # [BLOCK_D, BLOCK_N] or [BLOCK_N, BLOCK_D]
+        acc = multiply_add(b_x, b_w if IS_GRAD_INPUT else b_w.T, acc, PRECISION)
+
+        i_column += 1
+        is_last_column = i_column == n_s
+        i_row += is_last_column.to(tl.int32)
+        i_column = tl.where(is_last_column, 0, i_column)
+        is_last_row = i_row == n_r
+        i_depth += tl.where(is_last_row, BLOCK_D, 0)
+        i_row = tl.where(is_last_row, 0, i_row)
+
+    m_column = o_column < in_groups(n_columns, GROUP_TARGET)
+    if HAS_SCALE:
+        acc *= tl.load(p_scale + o_column, mask=m_column)[None, :]  # [1, BLOCK_N]
+    if HAS_BIAS:
+        acc += tl.load(p_bias + o_column, mask=m_column).to(tl.float32)[None, :]  # [1, BLOCK_N]
+    o_target = o_target[:, None] + o_column[None, :]
+    m_target = m_pixel[:, None] & m_column[None, :]
+    store_tile(p_target, o_target, activate(acc, ACTIVATION), m_target, GROUP_TARGET)  # [BLOCK_M, BLOCK_N]
+
+
+# fmt: off
+@triton.jit(do_not_specialize=GRAD_WEIGHT_SIZES)
+def dilated_grad_weight(
+    p_gy,  # [N, K, P, Q], channels adjacent
+    p_x,  # [N, C, H, W], channels adjacent
+    p_partials,  # [splits, K, C] fp32
+    p_taps,  # [n_taps + 1, TAP_FIELDS]
+    N, K, C, n_taps,
+    n_steps,  # of a program
+    n_blocks_k, n_blocks_c,
+    stride_h, stride_w,
+    s_gyn, s_gyp, s_gyq,
+    s_xn, s_xh, s_xw,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAPS: tl.constexpr,
+    GROUP_GY: tl.constexpr, GROUP_X: tl.constexpr, PRECISION: tl.constexpr, IS_INDEX_64: tl.constexpr,
+):
+    # fmt: on
+    ITEMSIZE: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth // 8
+    i_c, i_split = split_index(tl.program_id(0), n_blocks_c)
+    i_k, i_split = split_index(i_split, n_blocks_k)
+    p_tap = find_row(p_taps, i_split, n_taps, _TAP_FIELDS, BLOCK_TAPS)
+    i_part = i_split - tl.load(p_tap)
+    i_p, n_p, i_h = tl.load(p_tap + 1).to(tl.int64), tl.load(p_tap + 2), tl.load(p_tap + 3).to(tl.int64)
+    i_q, n_q, i_w = tl.load(p_tap + 4).to(tl.int64), tl.load(p_tap + 5), tl.load(p_tap + 6).to(tl.int64)
+    p_gy += i_p * s_gyp + i_q * s_gyq
+    p_x += i_h * s_xh + i_w * s_xw
+
+    i_first = widen(i_part, IS_INDEX_64) * n_steps * BLOCK_D
+    o_q, o_image = split_index(i_first + tl.arange(0, BLOCK_D), n_q)
+    o_p, o_image = split_index(o_image, n_p)
+    o_k = widen(i_k, IS_INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_c = widen(i_c, IS_INDEX_64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_k = o_k < in_groups(K, GROUP_GY)
+    m_c = o_c < in_groups(C, GROUP_X)
+
+    # From one step to the next a pixel moves on by BLOCK_D: so many columns, rows and images, and two carries.
+    jump_q, jump_p = split_index(BLOCK_D, n_q)
+    jump_p, jump_image = split_index(jump_p, n_p)
+    n_left = tl.cdiv(widen(N, IS_INDEX_64) * n_p * n_q - i_first, BLOCK_D)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in tl.range(0, tl.minimum(n_left, n_steps).to(tl.int32)):
+        m_pixel = (o_image < N)[:, None]
+        o_gy = o_image * s_gyn + o_p * s_gyp + o_q * s_gyq
+        o_x = o_image * s_xn + o_p * stride_h * s_xh + o_q * stride_w * s_xw
+        p_gy_tile = tl.multiple_of(p_gy + (o_gy[:, None] + o_k[None, :]), [1, GROUP_GY * ITEMSIZE])
+        p_x_tile = tl.multiple_of(p_x + (o_x[:, None] + o_c[None, :]), [1, GROUP_X * ITEMSIZE])
+        b_gy = tl.load(p_gy_tile, mask=m_pixel & m_k[None, :], other=0.0)  # [BLOCK_D, BLOCK_M]
+        b_x = tl.load(p_x_tile, mask=m_pixel & m_c[None, :], other=0.0)  # [BLOCK_D, BLOCK_N]
+        acc = multiply_add(b_gy.T, b_x, acc, PRECISION)
+
+        o_q += jump_q
+        is_next_row = o_q >= n_q
+        o_q = tl.where(is_next_row, o_q - n_q, o_q)
+        o_p += jump_p + is_next_row.to(tl.int32)
+        is_next_image = o_p >= n_p
+        o_p = tl.where(is_next_image, o_p - n_p, o_p)
+        o_image += jump_image + is_next_image.to(tl.int32)
+
+    p_partials += i_split.to(tl.int64) * K * C
+    o_partials = o_k[:, None] * C + o_c[None, :]
+    store_tile(p_partials, o_partials, acc, (o_k < K)[:, None] & m_c[None, :], GROUP_X)  # [BLOCK_M, BLOCK_N]
+
+
+# fmt: off
+@triton.jit(do_not_specialize=("K", "C", "S"))
+def dilated_grad_weight_reduce(
+    p_partials,  # [splits, K, C] fp32
+    p_gw,  # [K, C, R, S]
+    p_taps,  # [R * S + 1, TAP_FIELDS]
+    K, C, S,
+    s_gwk, s_gwc, s_gwr, s_gws,
+    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # fmt: on
+    i_block, i_tap = split_index(tl.program_id(0), tl.cdiv(tl.cast(K, tl.int64) * C, BLOCK).to(tl.int32))
+    i_first = tl.load(p_taps + i_tap * _TAP_FIELDS).to(tl.int64)
+    i_last = tl.load(p_taps + (i_tap + 1) * _TAP_FIELDS).to(tl.int64)
+    o_weight = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    n_weights = tl.cast(K, tl.int64) * C
+    m_weight = o_weight < n_weights
+
+    acc = tl.zeros([BLOCK_SPLITS, BLOCK], tl.float32)
+    for i_split in tl.range(i_first, i_last, BLOCK_SPLITS):
+        o_partials = (i_split + o_split) * n_weights + o_weight[None, :]
+        m_partials = (i_split + o_split < i_last) & m_weight[None, :]
+        acc += tl.load(p_partials + o_partials, mask=m_partials, other=0)  # [BLOCK_SPLITS, BLOCK]
+    b_sum = tl.sum(acc, 0)  # [BLOCK]
+
+    o_c, o_k = split_index(o_weight, C)
+    i_s, i_r = split_index(i_tap, S)
+    o_gw = o_k * s_gwk + o_c * s_gwc + i_r.to(tl.int64) * s_gwr + i_s * s_gws
+    tl.store(p_gw + o_gw, b_sum.to(p_gw.dtype.element_ty), mask=m_weight)  # [BLOCK]
+
+
+_forced: Config | None = None
+
+
+@contextlib.contextmanager
+def forced_config(config: Config):
+    """Run every kernel with `config`, whatever the problem."""
+    global _forced
+    previous, _forced = _forced, config
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forward(input, weight, bias, stride, padding, dilation, activation, scale=None):
+    """Dense convolution; see fastseg.ops.conv2d.
+
+    Args:
+        input: [N, C, H, W], any strides; float16, bfloat16 or float32.
+        weight: [K, C, R, S], the same dtype and device.
+        bias: [K] or None, in the weight's dtype or float32.
+        stride, dilation: (height, width).
+        padding: (top, bottom, left, right).
+        activation: "none", "relu", "relu6", "hardswish" or "silu".
+        scale: [K] in float32 or None, multiplied to the sum before the bias is added.
+
+    Returns:
+        [N, K, P, Q] in the memory format torch.nn.functional.conv2d would give it.
+    """
+    shape = _dense_shape(input, weight, stride, padding, dilation)
+    if bias is not None and bias.dtype != torch.float32:
+        check_like("bias", bias, (shape.K,), input)
+    for name, vector in (("bias", bias), ("scale", scale)):
+        if vector is not None and (vector.shape != (shape.K,) or vector.device != input.device):
+            fail(f"{name} of shape {[shape.K]} on {input.device}", f"{list(vector.shape)} on {vector.device}")
+    if scale is not None and scale.dtype != torch.float32:
+        fail("scale in torch.float32", f"{scale.dtype}")
+    with on_device(input):
+        output = empty_output(input, weight, (shape.P, shape.Q))
+        if output.numel() > 0:
+            _launch_product(
+                "outputs", shape, padding, input, weight, output, _vector(scale), _vector(bias), activation
+            )  # fmt: skip
+    return output
+
+
+def backward(grad_output, input, weight, stride, padding, dilation, output_mask):
+    """The gradients of `forward` without activation and scale, as (grad_input, grad_weight, grad_bias).
+
+    Args:
+        grad_output: [N, K, P, Q], any strides.
+        input, weight, stride, padding, dilation: as `forward` got them.
+        output_mask: which of the three gradients to compute; the others are None.
+
+    Returns:
+        grad_input in the memory format of `forward`'s output, grad_weight with the strides of `weight`, and grad_bias.
+    """
+    shape = _dense_shape(input, weight, stride, padding, dilation)
+    check_like("grad_output", grad_output, (shape.N, shape.K, shape.P, shape.Q), input)
+    with on_device(input):
+        grad_input = empty_output(input, weight, input.shape[2:], shape.C) if output_mask[0] else None
+        grad_weight = torch.empty_like(weight) if output_mask[1] else None
+        grad_bias = weight.new_empty(shape.K) if output_mask[2] else None
+        if grad_output.numel() == 0:
+            return tuple(None if g is None else g.zero_() for g in (grad_input, grad_weight, grad_bias))
+        if grad_bias is not None:
+            torch.sum(grad_output, (0, 2, 3), out=grad_bias)
+        if shape.C == 0:
+            return grad_input, grad_weight, grad_bias
+        gy = coalesced(grad_output, torch.channels_last)
+        if grad_input is not None:
+            _launch_product("inputs", shape, padding, gy, weight, grad_input)
+        if grad_weight is not None:
+            _launch_grad_weight(shape, gy, coalesced(input, torch.channels_last), grad_weight)
+    return grad_input, grad_weight, grad_bias
+
+
+def _launch_product(
+    targets, shape: ConvShape, padding, source, weight, target, scale=None, bias=None, activation="none"
+) -> None:
+    source, weight = coalesced(source, torch.channels_last), coalesced(weight, torch.channels_last)
+    result = target if target.stride(1) == 1 or target.shape[1] == 1 else _channels_last_like(target)
+    layout = Layout(
+        GROUP_SOURCE=group_size(source.shape[1], source),
+        GROUP_WEIGHT=group_size(shape.C, weight),
+        GROUP_TARGET=group_size(result.shape[1], result),
+        IS_INDEX_64=_needs_index_64(source, weight, result),
+        PRECISION=_precision(source.dtype),
+    )
+    limits = device_limits(source.device)
+    plan = plan_product(targets, shape, tuple(padding), source.element_size(), layout, limits, _forced)
+    launch(
+        dilated_product,
+        plan.programs,
+        p_source=source,
+        p_weight=weight,
+        p_scale=scale,
+        p_bias=bias,
+        p_target=result,
+        p_rectangles=plan.table.on(source.device),
+        **_outer_strides("s_sn s_sh s_sw", source),
+        **_outer_strides("s_wk s_wr s_ws", weight),
+        **_outer_strides("s_tn s_th s_tw", result),
+        ACTIVATION=activation,
+        **plan.arguments,
+    )
+    if result is not target:
+        target.copy_(result)
+
+
+def _launch_grad_weight(shape: ConvShape, gy, x, grad_weight) -> None:
+    layout = GradWeightLayout(
+        GROUP_GY=group_size(shape.K, gy),
+        GROUP_X=group_size(shape.C, x),
+        IS_INDEX_64=_needs_index_64(gy, x, grad_weight),
+        PRECISION=_precision(x.dtype),
+    )
+    plan, splits = plan_grad_weight(shape, x.element_size(), layout, device_limits(x.device), _forced)
+    partials = gy.new_empty((splits, shape.K, shape.C), dtype=torch.float32)
+    taps = plan.table.on(x.device)
+    if splits > 0:
+        launch(
+            dilated_grad_weight,
+            plan.programs,
+            p_gy=gy,
+            p_x=x,
+            p_partials=partials,
+            p_taps=taps,
+            **_outer_strides("s_gyn s_gyp s_gyq", gy),
+            **_outer_strides("s_xn s_xh s_xw", x),
+            **plan.arguments,
+        )
+    launch(
+        dilated_grad_weight_reduce,
+        cdiv(shape.K * shape.C, REDUCE_BLOCK) * shape.R * shape.S,
+        p_partials=partials,
+        p_gw=grad_weight,
+        p_taps=taps,
+        K=shape.K,
+        C=shape.C,
+        S=shape.S,
+        **strides("s_gwk s_gwc s_gwr s_gws", grad_weight),
+        BLOCK_SPLITS=REDUCE_BLOCK_SPLITS,
+        BLOCK=REDUCE_BLOCK,
+        num_warps=4,
+    )
+
+
+def _dense_shape(input, weight, stride, padding, dilation) -> ConvShape:
+    shape = conv_shape(input, weight, stride, padding, dilation)
+    if weight.shape[1] != shape.C:
+        fail(f"weight [K, {shape.C}, R, S]", f"{list(weight.shape)}")
+    return shape
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How torch multiplies in convolutions of this dtype, at this moment."""
+    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def _needs_index_64(*tensors) -> bool:
+    """Whether an offset leaves 32 bits; tiles reach beyond the last pixel by less than 512."""
+    offsets = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+    return needs_index_64(*(offset + 512 for offset in offsets))
+
+
+def _outer_strides(names: str, tensor) -> dict[str, int]:
+    """The strides of images, rows and columns; channels are adjacent."""
+    return dict(zip(names.split(), (tensor.stride(0), tensor.stride(2), tensor.stride(3)), strict=True))
+
+
+def _channels_last_like(tensor):
+    return torch.empty_like(tensor, memory_format=torch.channels_last)
+
+
+def _vector(tensor):
+    return None if tensor is None else tensor.contiguous()

@@ -1,0 +1,332 @@
+"""Which tile shape each Triton kernel of the family gets, how many programs, and its table of rectangles.
+
+Plain integers and one small table, no tensors of a call. A plan is cached: a network calls the same few problems over
+and over. Which taps are live where is live_taps.py's knowledge; here rectangles become tiles of a matrix product.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from fastseg.ops.geometry import live_outputs
+from fastseg.ops.live_taps import Rectangle, Span, rectangles
+from fastseg.ops.triton_common import ConvShape, DeviceTable, cdiv, is_interpreted
+
+
+class Config(NamedTuple):
+    """A tile of the product: BLOCK_M x BLOCK_N results, and BLOCK_D of the sum at a time (half of it in fp32).
+
+    forward and grad_input: pixels x target channels, over source channels. grad_weight: output channels x input
+    channels, over pixels.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def results_per_thread(self) -> int:
+        return self.BLOCK_M * self.BLOCK_N // (32 * self.num_warps)
+
+    def depth(self, itemsize: int) -> int:
+        """Terms of the sum in one step, which moves the same bytes in every dtype."""
+        return max(16, self.BLOCK_D * 2 // itemsize)
+
+    def shared_memory(self, itemsize: int) -> int:
+        return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.depth(itemsize) * itemsize
+
+
+# choose_config takes the cheapest for a problem. Large tiles reuse what they load; small ones leave no multiprocessor
+# idle where there are few pixels; thin ones serve the few channels of a classifier.
+CONFIGS = (
+    Config(128, 128, 64, 8, 3),
+    Config(128, 64, 64, 8, 4),
+    Config(64, 64, 64, 4, 4),
+    Config(128, 32, 64, 8, 4),
+    Config(64, 32, 64, 4, 4),
+    Config(32, 32, 64, 4, 4),
+    Config(16, 16, 16, 1, 3),
+)
+# Where channels do not come in aligned groups of 16 bytes, each element or pair of a tile takes an address and a mask
+# in registers: tiles are smaller, and shallower for images of few channels.
+NARROW_CONFIGS = (
+    Config(64, 64, 32, 4, 3),
+    Config(64, 64, 16, 4, 3),
+    Config(32, 32, 32, 4, 3),
+    Config(16, 16, 16, 1, 3),
+)
+MAX_NARROW = 32  # results of a thread, where each store takes an address of its own
+# IEEE fp32 has no matrix unit. A thread multiplies what it holds in registers, so tiles are small too.
+IEEE_CONFIGS = (
+    Config(64, 64, 64, 4, 3),
+    Config(64, 32, 64, 4, 3),
+    Config(32, 32, 64, 4, 3),
+    Config(16, 16, 64, 1, 3),
+)
+# ptxas spills a register or two where that fits one more block on a multiprocessor, with addresses for every element.
+NO_SPILLS = {"maxnreg": 255}
+
+# The model behind the choice, in multiply-adds of 16-bit data. A multiprocessor does about 2000 a cycle and loads about
+# 64 bytes from L2: a tile of 128 x 128 is where both take the same time.
+LOAD_COST = 64  # of one row or column of a tile, for each term of the sum
+STEP_LATENCY = 400_000  # the least a step takes when nothing else runs beside it
+TILE_COST = 2_000_000  # filling the pipeline, finding the rectangle, storing the results
+
+# grad_weight: no more programs than a large GPU holds in two rounds, and so little for the second stage to read. The
+# number does not depend on the device, so neither do the splits.
+TARGET_PROGRAMS = 512
+MIN_STEPS = 4  # of one program
+# Tile of the second stage: many splits at once, for each turn waits for memory. The interpreter wants few programs.
+REDUCE_BLOCK_SPLITS, REDUCE_BLOCK = 16, 4096 if is_interpreted() else 128
+
+
+class Device(NamedTuple):
+    """What a choice depends on besides the problem."""
+
+    multiprocessors: int
+    shared_memory: int  # bytes that one block may take
+
+
+class Layout(NamedTuple):
+    """The compile-time facts that strides, sizes and settings decide, for dilated_product."""
+
+    GROUP_SOURCE: int  # neighbouring channels that make one aligned access (group_size), for each tensor
+    GROUP_WEIGHT: int
+    GROUP_TARGET: int
+    IS_INDEX_64: bool
+    PRECISION: str  # of fp32 products: "tf32" or "ieee"
+
+
+class GradWeightLayout(NamedTuple):
+    """The same for dilated_grad_weight."""
+
+    GROUP_GY: int
+    GROUP_X: int
+    IS_INDEX_64: bool
+    PRECISION: str
+
+
+class Plan(NamedTuple):
+    """A launch without its tensors."""
+
+    programs: int
+    table: DeviceTable
+    arguments: dict[str, int | bool | str]  # of the kernel, and Triton's own
+
+
+# Columns of the kernels' tables, as triton.py reads them.
+# rectangles: first tile, then for rows and columns: index, count, taps, source, its jump, weight, its jump
+# taps of grad_weight: first split, then for rows and columns: first output, outputs, first input
+SPAN_FIELDS = 7
+RECTANGLE_FIELDS = 1 + 2 * SPAN_FIELDS
+TAP_FIELDS = 1 + 2 * 3
+
+
+@functools.lru_cache(maxsize=64)
+def device_limits(device: torch.device) -> Device:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    if is_interpreted():
+        return Device(1, 1 << 30)
+    return Device(132, 160 * 1024)  # meta tensors stand for a large GPU
+
+
+def is_narrow(itemsize: int, *groups: int) -> bool:
+    """Whether some access of a tile takes less than 16 bytes."""
+    return min(groups) * itemsize < 16
+
+
+def configs_for(itemsize: int, precision: str, loads: int, stores: int) -> tuple[Config, ...]:
+    """The configurations for a dtype, and for the smallest group of channels that one load, and one store, takes."""
+    if itemsize == 4 and precision == "ieee":
+        return IEEE_CONFIGS
+    if is_narrow(itemsize, loads):
+        return NARROW_CONFIGS
+    return tuple(c for c in CONFIGS if c.results_per_thread <= MAX_NARROW) if is_narrow(itemsize, stores) else CONFIGS
+
+
+def choose_config(configs: tuple[Config, ...], device: Device, itemsize: int, tiles, columns: int, steps) -> Config:
+    """The cheapest configuration that fits the device; of equals the one with less work, then the smallest.
+
+    `tiles(config)` lists how many row blocks there are of each depth, `steps(config)` the steps of each; `columns` is
+    the width of the product. The time is that of all programs shared out, or of the longest one where those are few.
+    """
+
+    def cost(config: Config):
+        depth = config.depth(itemsize)
+        area = config.BLOCK_M * config.BLOCK_N
+        step = max(area, LOAD_COST * (config.BLOCK_M + config.BLOCK_N)) * depth * itemsize // 2
+        alone = max(step, STEP_LATENCY)
+        shared = alone if is_interpreted() else step  # the interpreter runs nothing beside a program
+        blocks = cdiv(columns, config.BLOCK_N)
+        work = sum(n * blocks * (TILE_COST + s * shared) for n, s in zip(tiles(config), steps(config), strict=True))
+        longest = TILE_COST + max(steps(config)) * alone
+        return max(work / device.multiprocessors, longest), work, area, depth
+
+    return min((c for c in configs if c.shared_memory(itemsize) <= device.shared_memory), key=cost)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_product(
+    targets: str,
+    shape: ConvShape,
+    padding: tuple[int, int, int, int],
+    itemsize: int,
+    layout: Layout,
+    device: Device,
+    forced: Config | None,
+) -> Plan:
+    """The launch of dilated_product for `targets` "outputs" (forward) or "inputs" (grad_input).
+
+    `forced` replaces the choice of tile shape.
+    """
+    depth, columns = (shape.C, shape.K) if targets == "outputs" else (shape.K, shape.C)
+    found = sorted(
+        rectangles(
+            targets,
+            (shape.H, shape.W),
+            (shape.R, shape.S),
+            (shape.stride_h, shape.stride_w),
+            padding,
+            (shape.dilation_h, shape.dilation_w),
+        ),
+        key=lambda rectangle: -rectangle.taps,  # the longest programs start first
+    )
+
+    def tiles(c: Config) -> list[int]:
+        return [cdiv(shape.N * r.area, c.BLOCK_M) for r in found]
+
+    def steps(c: Config) -> list[int]:
+        return [r.taps * cdiv(depth, c.depth(itemsize)) for r in found]
+
+    loads = min(layout.GROUP_SOURCE, layout.GROUP_WEIGHT)
+    configs = configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_TARGET)
+    config = forced or choose_config(configs, device, itemsize, tiles, columns, steps)
+    rows, first = [], 0
+    for rectangle, count in zip(found, tiles(config), strict=True):
+        rows.append((first, *_span_fields(rectangle.rows), *_span_fields(rectangle.columns)))
+        first += count
+    n_blocks = cdiv(columns, config.BLOCK_N)
+    arguments = {
+        "N": shape.N,
+        "n_depth": depth,
+        "n_columns": columns,
+        "n_rectangles": len(rows),
+        "n_steps": cdiv(depth, config.depth(itemsize)),
+        "n_blocks": n_blocks,
+        **_steps_of(found[0]),
+        "BLOCK_RECTANGLES": _power_of_two(len(rows)),
+        "IS_DEPTH_WHOLE": depth % config.depth(itemsize) == 0,
+        "IS_GRAD_INPUT": targets == "inputs",
+        **layout._asdict(),
+        **_tile_arguments(config, itemsize, layout.PRECISION, loads, layout.GROUP_TARGET),
+    }
+    return Plan(first * n_blocks, DeviceTable(rows), arguments)
+
+
+def _span_fields(span: Span) -> tuple[int, ...]:
+    """Live taps are equally spaced along the source and along the filter: first and jump describe them."""
+    first = span.taps[0] if span.taps else (0, 0)
+    second = span.taps[1] if len(span.taps) > 1 else first
+    jumps = (second[0] - first[0], second[1] - first[1])
+    return span.index, span.count, len(span.taps), first[0], jumps[0], first[1], jumps[1]
+
+
+def _steps_of(rectangle: Rectangle) -> dict[str, int]:
+    """From one target to the next, and from its source to the next one's: the same in every rectangle."""
+    return {
+        "period_h": rectangle.rows.period,
+        "period_w": rectangle.columns.period,
+        "step_h": rectangle.rows.step,
+        "step_w": rectangle.columns.step,
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_grad_weight(
+    shape: ConvShape, itemsize: int, layout: GradWeightLayout, device: Device, forced: Config | None
+) -> tuple[Plan, int]:
+    """The launch of dilated_grad_weight, and its number of splits over all taps.
+
+    The pixels of each tap are split where its live outputs are more than one program should sum up, so all programs
+    but the last of a tap are equally long. A tap without live outputs has no split.
+    """
+    spans = [(row, column) for row in _tap_rows(shape) for column in _tap_columns(shape)]
+    pixels = [shape.N * row[1] * column[1] for row, column in spans]
+
+    def splits(c: Config, steps: int) -> list[int]:
+        return [cdiv(n, steps * c.depth(itemsize)) for n in pixels]
+
+    def steps_of_program(c: Config) -> int:
+        allowed = TARGET_PROGRAMS // (cdiv(shape.K, c.BLOCK_M) * cdiv(shape.C, c.BLOCK_N))
+        allowed = max(allowed, sum(n > 0 for n in pixels))
+        steps = max(MIN_STEPS, sum(splits(c, 1)) // allowed)
+        while sum(splits(c, steps)) > allowed:  # each tap rounds up
+            steps += 1 + steps // 16
+        return min(steps, max(1, *splits(c, 1)))  # no longer than the longest tap
+
+    loads = min(layout.GROUP_GY, layout.GROUP_X)
+    config = forced or choose_config(
+        configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_X),
+        device,
+        itemsize,
+        tiles=lambda c: [sum(splits(c, steps_of_program(c))) * cdiv(shape.K, c.BLOCK_M)],
+        columns=shape.C,
+        steps=lambda c: [steps_of_program(c)],
+    )
+    steps = steps_of_program(config)
+    rows, first = [], 0
+    for (row, column), count in zip(spans, splits(config, steps), strict=True):
+        rows.append((first, *row, *column))
+        first += count
+    table = DeviceTable([*rows, (first,) + (0,) * (TAP_FIELDS - 1)])  # the last row ends the last tap's splits
+    n_blocks_k, n_blocks_c = cdiv(shape.K, config.BLOCK_M), cdiv(shape.C, config.BLOCK_N)
+    arguments = {
+        "N": shape.N,
+        "K": shape.K,
+        "C": shape.C,
+        "n_taps": len(rows),
+        "n_steps": steps,
+        "n_blocks_k": n_blocks_k,
+        "n_blocks_c": n_blocks_c,
+        "stride_h": shape.stride_h,
+        "stride_w": shape.stride_w,
+        "BLOCK_TAPS": _power_of_two(len(rows)),
+        **layout._asdict(),
+        **_tile_arguments(config, itemsize, layout.PRECISION, loads),
+    }
+    return Plan(first * n_blocks_k * n_blocks_c, table, arguments), first
+
+
+def _tap_rows(shape: ConvShape) -> list[tuple[int, int, int]]:
+    return _tap_spans(shape.R, shape.H, shape.P, shape.stride_h, shape.pad_top, shape.dilation_h)
+
+
+def _tap_columns(shape: ConvShape) -> list[tuple[int, int, int]]:
+    return _tap_spans(shape.S, shape.W, shape.Q, shape.stride_w, shape.pad_left, shape.dilation_w)
+
+
+def _tap_spans(taps: int, size: int, outputs: int, stride: int, pad: int, dilation: int) -> list[tuple[int, int, int]]:
+    """First live output, number of live outputs and first input read, of each tap along one axis."""
+    spans = []
+    for tap in range(taps):
+        live, read = live_outputs(size, outputs, stride, pad, tap * dilation)
+        spans.append((live.start, live.stop - live.start, read.start))
+    return spans
+
+
+def _tile_arguments(config: Config, itemsize: int, precision: str, *groups: int) -> dict[str, int]:
+    is_ieee = itemsize == 4 and precision == "ieee"
+    options = NO_SPILLS if is_ieee or is_narrow(itemsize, *groups) else {}
+    return {**config._asdict(), "BLOCK_D": config.depth(itemsize), **options}
+
+
+def _power_of_two(count: int, smallest: int = 16) -> int:
+    """The power of two that holds `count`, from a few: each compiles a kernel."""
+    return max(smallest, 1 << (count - 1).bit_length())

@@ -1,0 +1,262 @@
+"""What only the Triton kernels of the dense convolutions have: tile shapes, splits, rounding to TF32, tables."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastseg.ops.dilated import triton as operator
+from fastseg.ops.dilated import triton_plan
+from fastseg.ops.dilated.triton_plan import CONFIGS, IEEE_CONFIGS, NARROW_CONFIGS, Config, Device
+from fastseg.ops.triton_common import DeviceTable, conv_shape, is_interpreted
+from fastseg.testing import assert_within, expected_conv, random_tensor
+from tests.conftest import RUNG
+
+SAME_D2 = ([1, 1], [2, 2, 2, 2], [2, 2])
+ROWS_D2 = ([1, 1], [2, 2, 0, 0], [2, 1])  # of a 3x1 filter: three rectangles
+POINTWISE = ([1, 1], [0] * 4, [1, 1])
+NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
+H200 = Device(132, 227 * 1024)
+
+
+def config_id(config: Config) -> str:
+    return "x".join(map(str, config))
+
+
+@pytest.fixture
+def device(target) -> str:
+    if target.backend != "triton":
+        pytest.skip("tests the Triton kernels")
+    return target.device
+
+
+def check(x, weight, bias, geometry, tf32=False):
+    """Forward and every gradient within the bound of their dtype."""
+    y = operator.forward(x, weight, bias, *geometry, "none")
+    grad_output = random_tensor(tuple(y.shape), x.dtype, seed=9, device=x.device)
+    grads = operator.backward(grad_output, x, weight, *geometry, (True, True, True))
+    wanted = expected_conv(x, weight, bias, *geometry, "none", grad_output, tf32=tf32)
+    for name, result, bound in zip(NAMES, (y, *grads), wanted, strict=True):
+        assert_within(result, bound, name)
+
+
+def tensors(device, dtype, images=1, channels=24, outputs=24, size=(5, 6), kernel=(3, 3)):
+    x = random_tensor((images, channels, *size), dtype, seed=1, device=device, memory_format=torch.channels_last)
+    weight = random_tensor((outputs, channels, *kernel), dtype, seed=2, device=device)
+    return x, weight, random_tensor((outputs,), dtype, seed=3, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "tf32"])
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_every_tile_shape(config, dtype, device, tf32):
+    with operator.forced_config(config):
+        check(*tensors(device, dtype, kernel=(3, 1)), ROWS_D2, tf32=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("channels", [3, 36])
+@pytest.mark.parametrize("config", NARROW_CONFIGS, ids=config_id)
+def test_every_narrow_tile_shape(config, channels, device):
+    with operator.forced_config(config):
+        check(*tensors(device, torch.float16, channels=channels, outputs=21, kernel=(3, 1)), ROWS_D2)
+
+
+@pytest.mark.parametrize("channels", [16, 35])
+@pytest.mark.parametrize("config", IEEE_CONFIGS, ids=config_id)
+def test_every_ieee_tile_shape(config, channels, device):
+    with operator.forced_config(config):
+        check(*tensors(device, torch.float32, channels=channels, kernel=(3, 1)), ROWS_D2)
+
+
+def test_more_than_one_tile_each_way(device):
+    """Pixels over several images, output channels and input channels all end inside a tile."""
+    with operator.forced_config(Config(16, 16, 16, 1, 3)):
+        check(*tensors(device, torch.float16, images=3, outputs=40, kernel=(3, 1)), ROWS_D2)
+
+
+def test_outputs_that_see_padding_alone(device):
+    """No tap is live anywhere: the output is the bias, and every gradient of a product is zero."""
+    check(*tensors(device, torch.float16, images=2, size=(1, 2), kernel=(1, 1)), ([3, 1], [1, 1, 0, 0], [1, 1]))
+
+
+def test_splits_of_the_weight_gradient(device):
+    """The second stage adds what several programs have summed up, always in the same order."""
+    config = Config(16, 16, 16, 1, 3)
+    x, weight, bias = tensors(device, torch.float16, images=2, channels=8, outputs=8, size=(13, 11), kernel=(1, 2))
+    geometry = ([1, 1], [0, 0, 0, 1], [1, 1])
+    shape = conv_shape(x, weight, *geometry)
+    layout = triton_plan.GradWeightLayout(8, 8, False, "ieee")
+    plan, splits = triton_plan.plan_grad_weight(shape, 2, layout, H200, config)
+    assert splits >= 2 * 2 + 1, "more splits than two taps can have tiles"
+    assert plan.programs == splits
+    with operator.forced_config(config):
+        check(x, weight, bias, geometry)
+        grad_output = random_tensor((2, 8, 13, 11), torch.float16, seed=4, device=device)
+        first, second = (
+            operator.backward(grad_output, x, weight, *geometry, (False, True, False))[1] for _ in range(2)
+        )
+    assert torch.equal(first, second)
+
+
+def test_tf32_rounds_to_nearest(device, tf32):
+    """A tensor core drops the bits that TF32 has not: 1 + 2^-11 would become 1, and NaN may never become a number."""
+    x = torch.tensor([1 + 2**-11, 1 + 2**-12, -1 - 3 * 2**-11, 1 + 2**-10, torch.inf], device=device)
+    wanted = torch.tensor([1 + 2**-10, 1, -1 - 2**-9, 1 + 2**-10, torch.inf], device=device)
+    x = torch.cat([x, torch.tensor([0x7FFFFFFF], dtype=torch.int32, device=device).view(torch.float32)])
+    y = operator.forward(x.view(1, 1, 1, 6), torch.ones(1, 1, 1, 1, device=device), None, *POINTWISE, "none")
+    assert torch.equal(y.flatten()[:5], wanted)
+    assert y.flatten()[5].isnan()
+
+
+def test_float32_is_not_rounded_unless_torch_says_so(device):
+    x = torch.tensor([1 + 2**-11, 1 + 2**-23], device=device).view(1, 1, 1, 2)
+    assert torch.equal(operator.forward(x, torch.ones(1, 1, 1, 1, device=device), None, *POINTWISE, "none"), x)
+
+
+def test_a_bias_may_be_float32(device):
+    x, weight, bias = tensors(device, torch.float16, channels=8, outputs=8)
+    y = operator.forward(x, weight, bias.float(), *SAME_D2, "none")
+    assert torch.equal(y, operator.forward(x, weight, bias, *SAME_D2, "none"))
+    with pytest.raises(RuntimeError, match="expected bias of shape .* but got .*bfloat16"):
+        operator.forward(x, weight, bias.bfloat16(), *SAME_D2, "none")
+    with pytest.raises(RuntimeError, match=r"expected scale in torch.float32, but got torch.float16"):
+        operator.forward(x, weight, None, *SAME_D2, "none", bias)
+
+
+@pytest.mark.parametrize("cut", [slice(None), slice(8, 24)], ids=["whole", "slice"])
+def test_channels_last_tensors_are_used_in_place(cut, device, monkeypatch):
+    """Also a slice of channels, as the branches of an ASPP leave it; others are copied once."""
+    launched = []
+    launch = operator.launch
+    monkeypatch.setattr(
+        operator, "launch", lambda *args, **kwargs: (launched.append(kwargs), launch(*args, **kwargs))[1]
+    )
+    x, weight, _ = tensors(device, torch.float16, channels=32, outputs=8)
+    x = x[:, cut]
+    weight = weight[:, cut].contiguous(memory_format=torch.channels_last)
+    y = operator.forward(x, weight, None, *SAME_D2, "none")
+    (arguments,) = launched
+    assert arguments["p_source"] is x
+    assert arguments["p_weight"] is weight
+    assert arguments["p_target"] is y
+    contiguous = operator.forward(x.contiguous(), weight.contiguous(), None, *SAME_D2, "none")
+    assert contiguous.is_contiguous()
+    assert torch.equal(contiguous, y)
+
+
+# Problems (images, channels, outputs, size, itemsize, precision): what a network asks for, and what tests do.
+PROBLEMS = [
+    (16, 2048, 256, 33, 2, "ieee"),
+    (1, 2048, 256, 33, 2, "ieee"),
+    (1, 512, 256, 41, 2, "ieee"),
+    (16, 2048, 64, 33, 2, "ieee"),
+    (10, 2048, 21, 41, 2, "ieee"),
+    (1, 2048, 21, 41, 2, "ieee"),
+    (1, 64, 32, 9, 2, "ieee"),
+    (1, 16, 16, 4, 2, "ieee"),
+    (4, 67, 64, 65, 2, "ieee"),
+    (4, 3, 64, 65, 2, "ieee"),
+    (1, 67, 19, 9, 2, "ieee"),
+    (1, 3, 5, 4, 2, "ieee"),
+    (16, 256, 256, 33, 4, "tf32"),
+    (16, 256, 256, 33, 4, "ieee"),
+    (16, 256, 32, 33, 4, "ieee"),
+    (1, 64, 32, 9, 4, "ieee"),
+    (1, 16, 16, 4, 4, "ieee"),
+]
+
+
+def chosen(images, channels, outputs, size, itemsize, precision, device=H200) -> triton_plan.Plan:
+    x = torch.empty(images, channels, size, size, device="meta")
+    shape = conv_shape(x, torch.empty(outputs, channels, 3, 3, device="meta"), [1, 1], [2] * 4, [2, 2])
+    group = 8 if channels % 8 == 0 else 1
+    layout = triton_plan.Layout(group, group, 8 if outputs % 8 == 0 else 1, False, precision)
+    return triton_plan.plan_product("outputs", shape, (2,) * 4, itemsize, layout, device, None)
+
+
+@pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
+def test_no_tile_shape_is_dead():
+    """Each is the choice for some problem."""
+    found = set()
+    for problem in PROBLEMS:
+        arguments = chosen(*problem).arguments
+        table = triton_plan.configs_for(*problem[4:], 8 if problem[1] % 8 == 0 else 1, 8)
+        tile = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["BLOCK_D"]
+        found |= {c for c in table if (c.BLOCK_M, c.BLOCK_N, c.depth(problem[4])) == tile}
+    assert found == {*CONFIGS, *NARROW_CONFIGS, *IEEE_CONFIGS}
+
+
+@pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
+def test_one_image_still_fills_the_device():
+    assert chosen(1, 2048, 256, 33, 2, "ieee").programs >= H200.multiprocessors
+
+
+def test_tiles_fit_the_shared_memory():
+    """A consumer's GPU has less than half of what a large one has."""
+    small = Device(82, 100 * 1024)
+    arguments = chosen(16, 2048, 256, 33, 2, "ieee", small).arguments
+    rows = arguments["BLOCK_M"] + arguments["BLOCK_N"]
+    assert arguments["num_stages"] * rows * arguments["BLOCK_D"] * 2 <= small.shared_memory
+
+
+def test_the_longest_sums_start_first():
+    plan = chosen(16, 2048, 256, 33, 2, "ieee")
+    rows = plan.table.on(torch.device("cpu")).tolist()
+    taps = [row[3] * row[3 + triton_plan.SPAN_FIELDS] for row in rows]
+    assert taps == sorted(taps, reverse=True)
+    assert taps[0] == 9
+    assert taps[-1] == 4
+    assert rows[0][0] == 0
+
+
+def test_a_table_goes_where_it_is_asked_for():
+    table = DeviceTable([(1, 2), (3, 4)])
+    assert table.on(torch.device("cpu")).tolist() == [[1, 2], [3, 4]]
+    assert table.on(torch.device("meta")).shape == (2, 2)
+
+
+gpu_only = pytest.mark.skipif(RUNG != "gpu", reason="rung 5: needs a GPU")
+
+
+@gpu_only
+def test_a_captured_graph_keeps_its_tables(device):
+    """The plan may leave its cache between capture and replay."""
+    x, weight, _ = tensors(device, torch.float16)
+    wanted = operator.forward(x, weight, None, *SAME_D2, "none")  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = operator.forward(x, weight, None, *SAME_D2, "none")
+    triton_plan.plan_product.cache_clear()
+    torch.cuda.empty_cache()
+    graph.replay()
+    assert torch.equal(y, wanted)
+
+
+@gpu_only
+def test_a_new_problem_does_not_wait_for_the_device(device):
+    x, weight, _ = tensors(device, torch.float16)
+    operator.forward(x, weight, None, *SAME_D2, "none")  # compiles
+    triton_plan.plan_product.cache_clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        operator.forward(x, weight, None, *SAME_D2, "none")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_only
+def test_more_than_2_to_the_31_elements(device):
+    """The far end is compared with the same convolution of that end alone."""
+    x = torch.randint(-3, 4, (1, 64, 6000, 6000), dtype=torch.float16, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert x.numel() > 2**31
+    weight = torch.randint(-1, 2, (64, 64, 3, 3), device=device).half()
+    y = operator.forward(x, weight, None, *SAME_D2, "none")
+    end = operator.forward(x[:, :, -20:].contiguous(), weight, None, *SAME_D2, "none")
+    assert torch.equal(y[:, :, -10:], end[:, :, -10:])
+    grad_output = torch.zeros_like(x)
+    grad_output[..., -1, -1] = 1
+    grad_x, grad_weight, _ = operator.backward(grad_output, x, weight, *SAME_D2, (True, True, False))
+    assert torch.equal(grad_weight[:, :, 1, 1], x[0, :, -1, -1].expand(64, 64))
+    assert torch.equal(grad_x[0, :, -1, -1].float(), weight[:, :, 1, 1].float().sum(0))
