@@ -26,7 +26,8 @@ import torch
 import fastseg
 from benchmarks import record, table
 from fastseg import dispatch
-from fastseg.ops.depthwise import reference
+from fastseg.ops.depthwise import reference as depthwise
+from fastseg.ops.dilated import reference as dilated
 from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
 
 BUDGET_SECONDS = 570
@@ -34,6 +35,10 @@ LEAST_SECONDS = 1.0  # a stage with less time left is not started
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (size, kernel, stride, dilation): the three kernel sizes with code of their own, a stride, a dilation over the tile.
 GEOMETRIES = (((17, 19), 3, 1, 1), ((17, 19), 3, 1, 6), ((16, 13), 3, 2, 1), ((12, 11), 5, 1, 2), ((12, 11), 7, 1, 1))
+
+CHANNELS = 24
+# Filters of each operator, without their size: [K, C / groups].
+FILTERS = {"depthwise": (CHANNELS, 1), "dense": (40, CHANNELS)}
 
 
 def kernels(device: str) -> list[str]:
@@ -48,13 +53,16 @@ def kernels(device: str) -> list[str]:
 
 
 def _calls(device: str):
-    """Every backend, dtype, layout and geometry of the smoke and exactness stages, as (name, backend, dtype, ...)."""
+    """Every operator, backend, dtype, layout and geometry of the smoke and exactness stages: (name, backend, ...)."""
     layouts = (torch.channels_last, torch.contiguous_format)
-    for backend, dtype, layout, geometry in itertools.product(kernels(device), DTYPES, layouts, GEOMETRIES):
+    for operator, backend, dtype, layout, geometry in itertools.product(
+        FILTERS, kernels(device), DTYPES, layouts, GEOMETRIES
+    ):
         size, kernel, stride, dilation = geometry
         padding = dilation * (kernel // 2)
-        name = f"{backend} {dtype} {layout} {size[0]}x{size[1]} k{kernel} s{stride} d{dilation}"
-        yield name, backend, dtype, layout, size, kernel, ([stride] * 2, [padding] * 4, [dilation] * 2)
+        name = f"{operator} {backend} {dtype} {layout} {size[0]}x{size[1]} k{kernel} s{stride} d{dilation}"
+        filter = (*FILTERS[operator], kernel, kernel)
+        yield name, backend, dtype, layout, size, filter, ([stride] * 2, [padding] * 4, [dilation] * 2)
 
 
 def _gradients(backend, x, weight, geometry, make_grad):
@@ -62,17 +70,19 @@ def _gradients(backend, x, weight, geometry, make_grad):
     x.requires_grad_()
     weight.requires_grad_()
     stride, padding, dilation = geometry
-    y = fastseg.ops.depthwise_conv2d(x, weight, None, tuple(stride), padding[0], tuple(dilation), backend=backend)
+    groups = CHANNELS // weight.shape[1]
+    y = fastseg.ops.conv2d(x, weight, None, tuple(stride), padding[0], tuple(dilation), groups, backend=backend)
     grad_y = make_grad(y.shape).contiguous(memory_format=torch.channels_last)
     return y, grad_y, *torch.autograd.grad(y, (x, weight), grad_y)
 
 
 def smoke(device: str, compare: bool = True) -> int:
-    """Forward and both gradients of small tensors, inside the error bound."""
+    """Forward and both gradients of small tensors, inside the error bound; float32 is IEEE float32 here."""
+    torch.backends.cudnn.allow_tf32 = False
     done = 0
-    for name, backend, dtype, layout, size, kernel, geometry in _calls(device):
-        x = random_tensor((2, 24, *size), dtype, seed=1, device=device).contiguous(memory_format=layout)
-        weight = random_tensor((24, 1, kernel, kernel), dtype, seed=2, device=device)
+    for name, backend, dtype, layout, size, filter, geometry in _calls(device):
+        x = random_tensor((2, CHANNELS, *size), dtype, seed=1, device=device).contiguous(memory_format=layout)
+        weight = random_tensor(filter, dtype, seed=2, device=device)
         y, grad_y, *grads = _gradients(
             backend, x, weight, geometry, lambda s, dtype=dtype: random_tensor(s, dtype, seed=3, device=device)
         )
@@ -93,13 +103,14 @@ def touch(device: str) -> int:
 def exactness(device: str) -> int:
     """Small integers, whose sums are exact: results must equal the exact ones, rounded once, bit for bit."""
     done, wrong = 0, []
-    for name, backend, dtype, layout, size, kernel, geometry in _calls(device):
-        x = integer_tensor((2, 24, *size), dtype, seed=1, device=device).contiguous(memory_format=layout)
-        weight = integer_tensor((24, 1, kernel, kernel), dtype, seed=2, device=device)
+    for name, backend, dtype, layout, size, filter, geometry in _calls(device):
+        x = integer_tensor((2, CHANNELS, *size), dtype, seed=1, device=device).contiguous(memory_format=layout)
+        weight = integer_tensor(filter, dtype, seed=2, device=device)
         y, grad_y, *grads = _gradients(
             backend, x, weight, geometry, lambda s, dtype=dtype: integer_tensor(s, dtype, seed=3, device=device)
         )
         exact_x, exact_weight, exact_grad = (t.detach().double() for t in (x, weight, grad_y))
+        reference = depthwise if weight.shape[1] == 1 else dilated
         exact = [reference.forward(exact_x, exact_weight, None, *geometry, "none")]
         exact += reference.backward(exact_grad, exact_x, exact_weight, *geometry, (True, True, False))[:2]
         for what, actual, value in zip(("y", "grad_x", "grad_weight"), (y, *grads), exact, strict=True):

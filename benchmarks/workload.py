@@ -127,7 +127,9 @@ class ConvWorkload:
     @cached_property
     def _expected(self):
         t = self.tensors(seed=0)
-        return expected_conv(t["x"], t["weight"], None, *self.geometry, grad_output=t["grad_y"])
+        dense_on_gpu = self.device == "cuda" and self.case.groups == 1
+        tf32 = dense_on_gpu and self.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+        return expected_conv(t["x"], t["weight"], None, *self.geometry, grad_output=t["grad_y"], tf32=tf32)
 
     def expected(self, direction: str) -> dict[str, Expected]:
         """What `direction` has to give for the tensors of seed 0, by the names `operators.direction_call` uses."""

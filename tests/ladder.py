@@ -49,7 +49,9 @@ def steps() -> list[Step]:
             for best in ("avx2", "plain")
         ),
         Step(2, "Triton kernels in the interpreter", [*PYTEST, *CONTRACT], interpreter),
-        Step(3, "the executor of CUDA kernels on the CPU", [*PYTEST, "tests/host/test_host_executor.py"]),
+        Step(3, "the executor of CUDA kernels on the CPU", [
+            *PYTEST, "tests/host/test_host_executor.py", "tests/host/test_load_matrices.py",
+        ]),
         Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT, "tests/host/test_mutations.py"], host),
         Step(3, "CUDA kernels on the CPU, sanitized", [*PYTEST, "tests/test_contract.py", "-k", SANITIZED], sanitized),
         Step(4, "offline compilation and its table of resources", [*PYTEST, "tests/offline"]),

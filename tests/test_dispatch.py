@@ -85,6 +85,55 @@ def test_auto_takes_the_cpu_kernels_and_counts_what_it_leaves_to_native():
     assert all(reason for _, reason in dispatch.native_calls)
 
 
+def dense(channels, outputs, size, kernel=3, dilation=1, channels_last=True, dtype=torch.float32):
+    """The problem of a dense convolution of one image with "same" padding."""
+    padding = dilation * (kernel - 1) // 2
+    geometry = dispatch.Geometry(
+        (1, channels, size, size), (outputs, channels, kernel, kernel), (1, 1), (padding,) * 4, (dilation,) * 2,
+        (size, size), channels_last,
+    )  # fmt: skip
+    return dispatch.Problem("dilated_conv2d", "cpu", dtype, geometry)
+
+
+DENSE = {
+    "aspp": (dense(2048, 256, 33, dilation=12), "cpu"),
+    "aspp-nchw": (dense(2048, 256, 33, dilation=12, channels_last=False), "cpu"),
+    "aspp-low-rate-nchw": (dense(2048, 256, 33, dilation=6, channels_last=False), "native"),
+    "1x1": (dense(160, 960, 33, kernel=1), "cpu"),
+    "1x1-nchw": (dense(160, 960, 33, kernel=1, channels_last=False), "native"),
+    "small-1x1-nchw": (dense(80, 200, 33, kernel=1, channels_last=False), "cpu"),
+    "one-pixel": (dense(960, 240, 1, kernel=1), "native"),
+    "image": (dense(3, 64, 257), "native"),
+    "undilated": (dense(256, 256, 65), "native"),
+    "thin": (dense(2048, 21, 41, dilation=12), "cpu"),
+    "bfloat16": (dense(2048, 256, 33, dilation=12, dtype=torch.bfloat16), "native"),
+    "unknown-sizes": (dispatch.Problem("dilated_conv2d", "cpu", torch.float32), "native"),
+}
+
+
+@pytest.mark.parametrize(("problem", "backend"), DENSE.values(), ids=DENSE)
+def test_auto_takes_dense_kernels_where_records_show_them_faster(problem, backend):
+    choice = dispatch.choose(problem)
+    assert choice.backend == backend
+    assert choice.reason
+
+
+def test_choices_by_size_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(dispatch, "_sized_choices", {})
+    monkeypatch.setattr(dispatch, "_MOST_SIZED_CHOICES", 4)
+    for size in range(33, 43):
+        dispatch.choose(dense(64, 64, size))
+    assert 0 < len(dispatch._sized_choices) <= 4
+
+
+def test_auto_runs_what_it_chose():
+    x = torch.randn(1, 64, 17, 17).to(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3)
+    y = fastseg.ops.conv2d(x, weight, padding=12, dilation=12)
+    assert torch.equal(y, fastseg.ops.conv2d(x, weight, padding=12, dilation=12, backend="cpu"))
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, None, 1, 12, 12))
+
+
 def test_without_the_extension_auto_is_native(monkeypatch):
     monkeypatch.setattr(extension, "EXTENSION", None)
     monkeypatch.setattr(extension, "MISSING", "the extension is not built")

@@ -14,13 +14,19 @@ from fastseg.testing import assert_within, expected_conv, integer_tensor, random
 pytestmark = pytest.mark.skipif(os.environ.get("FASTSEG_RUNG") != "gpu", reason="rung 5: needs a GPU")
 
 
-def problem(target, layout=torch.channels_last, size=(33, 33), channels=64):
-    x = random_tensor((2, channels, *size), torch.float32, seed=1, device=target.device, memory_format=layout)
-    return x, random_tensor((channels, 1, 3, 3), torch.float32, seed=2, device=target.device)
+OPERATORS = pytest.mark.parametrize("depth", [1, 64], ids=["depthwise", "dense"])
 
 
-def run(target, x, weight):
-    return fastseg.ops.depthwise_conv2d(x, weight, padding=2, dilation=2, backend=target.backend)
+def problem(target, depth, size=(33, 33)):
+    """An image of 64 channels, and filters that take `depth` of them."""
+    layout = torch.channels_last
+    x = random_tensor((2, 64, *size), torch.float32, seed=1, device=target.device, memory_format=layout)
+    return x, random_tensor((64, depth, 3, 3), torch.float32, seed=2, device=target.device)
+
+
+def run(target, x, weight, rate=2):
+    groups = x.shape[1] // weight.shape[1]
+    return fastseg.ops.conv2d(x, weight, padding=rate, dilation=rate, groups=groups, backend=target.backend)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
@@ -46,8 +52,27 @@ def test_more_than_2_to_the_31_elements(layout, target):
     assert torch.equal(grad_x[0, :, -3, -3], weight[:, 0, 0, 0])
 
 
-def test_a_side_stream(target):
-    x, weight = problem(target)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_more_than_2_to_the_31_elements_of_a_dense_convolution(layout, target):
+    """The far corner is compared with native on that corner alone."""
+    channels, side, corner = 64, 6000, 40
+    x = torch.randint(-1, 2, (1, channels, side, side), dtype=torch.float16, device=target.device)
+    x = x.contiguous(memory_format=layout)
+    weight = integer_tensor((8, channels, 3, 3), torch.float16, low=-1, high=1, seed=2, device=target.device)
+    y = run(target, x, weight)[..., -corner:, -corner:]
+    padded = F.pad(x[..., -corner - 2 :, -corner - 2 :], (0, 2, 0, 2))
+    assert torch.equal(y, F.conv2d(padded, weight, dilation=2))
+    leaf, image = weight.clone().requires_grad_(), x.requires_grad_()
+    grad_output = torch.zeros(1, 8, side, side, dtype=x.dtype, device=x.device).contiguous(memory_format=layout)
+    grad_output[:, 3, -1, -1] = 1
+    grad_x, grad_weight = torch.autograd.grad(run(target, image, leaf), (image, leaf), grad_output)
+    assert torch.equal(grad_weight[3, :, 1, 1], x[0, :, -1, -1])
+    assert torch.equal(grad_x[0, :, -3, -3], weight[3, :, 0, 0])
+
+
+@OPERATORS
+def test_a_side_stream(depth, target):
+    x, weight = problem(target, depth)
     wanted = run(target, x, weight)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -58,17 +83,19 @@ def test_a_side_stream(target):
     assert torch.equal(y, wanted)
 
 
-def test_another_device(target):
+@OPERATORS
+def test_another_device(depth, target):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    x, weight = problem(target)
+    x, weight = problem(target, depth)
     y = run(target, x.to("cuda:1"), weight.to("cuda:1"))
     assert y.device == torch.device("cuda:1")
     assert torch.equal(y.to("cuda:0"), run(target, x, weight))
 
 
-def test_graph_capture_and_replay(target):
-    x, weight = problem(target)
+@OPERATORS
+def test_graph_capture_and_replay(depth, target):
+    x, weight = problem(target, depth)
     weight.requires_grad_()
     run(target, x, weight).sum().backward()  # compiles before the capture
     weight.grad = None
@@ -83,8 +110,9 @@ def test_graph_capture_and_replay(target):
     assert torch.equal(gradient, torch.autograd.grad(fresh.square().sum(), weight)[0])
 
 
-def test_nothing_waits_for_the_device(target):
-    x, weight = problem(target)
+@OPERATORS
+def test_nothing_waits_for_the_device(depth, target):
+    x, weight = problem(target, depth)
     weight.requires_grad_()
     run(target, x, weight).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -96,16 +124,16 @@ def test_nothing_waits_for_the_device(target):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rate", [1, 2, 6, 12, 18])
-def test_real_sizes_within_bound(rate, dtype, target):
+@pytest.mark.parametrize("filter", [(728, 1, 3, 3), (256, 728, 3, 3)], ids=["depthwise", "dense"])
+def test_real_sizes_within_bound(filter, rate, dtype, target):
     """The sizes that networks use, where every tile is full and many blocks run at once."""
     x = random_tensor((2, 728, 33, 33), dtype, seed=1, device=target.device, memory_format=torch.channels_last)
-    weight = random_tensor((728, 1, 3, 3), dtype, seed=2, device=target.device)
+    weight = random_tensor(filter, dtype, seed=2, device=target.device)
     x, weight = x.requires_grad_(), weight.requires_grad_()
-    y = fastseg.ops.depthwise_conv2d(x, weight, padding=rate, dilation=rate, backend=target.backend)
+    y = run(target, x, weight, rate)
     grad_output = random_tensor(tuple(y.shape), dtype, seed=3, device=target.device)
-    wanted = expected_conv(
-        x, weight, None, (1, 1), (rate,) * 4, (rate, rate), "none", grad_output, target.roundoff(dtype)
-    )
+    geometry = ((1, 1), (rate,) * 4, (rate, rate))
+    wanted = expected_conv(x, weight, None, *geometry, "none", grad_output, roundoff=target.roundoff(dtype))
     grads = torch.autograd.grad(y, (x, weight), grad_output)
     for name, result, bound in zip(("output", "grad_input", "grad_weight"), (y.detach(), *grads), wanted, strict=False):
         assert_within(result, bound, name)

@@ -101,4 +101,30 @@ inline at::Tensor with_neighbours(const at::Tensor& tensor, at::MemoryFormat for
   return neighbours ? tensor : tensor.contiguous(format);
 }
 
+// The gradients of a convolution; those that nobody asked for are undefined.
+struct Gradients {
+  at::Tensor input, weight, bias;
+};
+
+// Checks grad_output [N, K, P, Q], and allocates what is asked for.
+inline Gradients empty_gradients(const ConvShape& shape, const at::Tensor& grad_output,
+                                 const at::Tensor& input, const at::Tensor& weight,
+                                 bool wants_input, bool wants_weight, bool wants_bias) {
+  const int64_t sizes[] = {shape.N, shape.K, shape.P, shape.Q};
+  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(sizes) &&
+                  grad_output.scalar_type() == input.scalar_type() &&
+                  grad_output.device() == input.device(),
+              "fastseg: expected grad_output of size ", at::IntArrayRef(sizes), ", ",
+              input.scalar_type(), " on ", input.device(), ", but got ", grad_output.sizes(), ", ",
+              grad_output.scalar_type(), " on ", grad_output.device());
+  Gradients found;
+  if (wants_input) {
+    found.input =
+        at::empty(input.sizes(), input.options().memory_format(conv_memory_format(input, weight)));
+  }
+  if (wants_weight) found.weight = at::empty_like(weight);
+  if (wants_bias) found.bias = at::empty({shape.K}, weight.options());
+  return found;
+}
+
 }  // namespace fastseg

@@ -139,20 +139,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
     std::array<bool, 3> output_mask) {
   const ConvShape shape = depthwise_shape(input, weight, stride, padding, dilation);
   const Kernels kernels = kernels_for(input.scalar_type());
-  const std::array<int64_t, 4> output_sizes = {shape.N, shape.K, shape.P, shape.Q};
-  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(output_sizes) &&
-                  grad_output.scalar_type() == input.scalar_type() && grad_output.device().is_cpu(),
-              "fastseg: expected grad_output ", at::IntArrayRef(output_sizes), " of dtype ",
-              input.scalar_type(), ", but got ", grad_output.sizes(), " of dtype ",
-              grad_output.scalar_type());
-
-  at::Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) {
-    grad_input =
-        at::empty(input.sizes(), input.options().memory_format(conv_memory_format(input, weight)));
-  }
-  if (output_mask[1]) grad_weight = at::empty_like(weight);
-  if (output_mask[2]) grad_bias = at::empty({shape.K}, weight.options());
+  auto [grad_input, grad_weight, grad_bias] = empty_gradients(
+      shape, grad_output, input, weight, output_mask[0], output_mask[1], output_mask[2]);
   if (input.numel() == 0) {
     if (output_mask[1]) grad_weight.zero_();
     if (output_mask[2]) at::sum_out(grad_bias, grad_output, {0, 2, 3});

@@ -78,23 +78,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward(
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     const c10::List<bool>& output_mask) {
   const ConvShape shape = depthwise_shape(input, weight, stride, padding, dilation);
-  const std::vector<int64_t> output_size = {shape.N, shape.K, shape.P, shape.Q};
-  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(output_size) &&
-                  grad_output.scalar_type() == input.scalar_type() &&
-                  grad_output.device() == input.device(),
-              "fastseg: expected grad_output of size ", at::IntArrayRef(output_size), ", ",
-              input.scalar_type(), " on ", input.device(), ", but got ", grad_output.sizes(), ", ",
-              grad_output.scalar_type(), " on ", grad_output.device());
   TORCH_CHECK(output_mask.size() == 3, "fastseg: expected an output_mask of 3 values, but got ",
               output_mask.size());
 
   const DeviceScope device(input);
 
   const at::MemoryFormat format = conv_memory_format(input, weight);
-  at::Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options().memory_format(format));
-  if (output_mask[1]) grad_weight = at::empty_like(weight);
-  if (output_mask[2]) grad_bias = at::empty({shape.K}, weight.options());
+  auto [grad_input, grad_weight, grad_bias] = empty_gradients(
+      shape, grad_output, input, weight, output_mask[0], output_mask[1], output_mask[2]);
 
   const bool wants_grad_input = grad_input.defined() && grad_input.numel() > 0;
   if (grad_output.numel() == 0) {

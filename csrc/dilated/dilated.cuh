@@ -1,8 +1,8 @@
 // Dense convolution: what all three directions share, a matrix product whose operands are gathered.
 //
-//   forward      y[pixel, k]           = sum over (tap, c) of x[pixel + tap, c] weight[k, tap, c]
-//   grad_input   grad_x[pixel, c]      = sum over (tap, k) of grad_y[pixel - tap, k] weight[k, tap,
-//   c] grad_weight  grad_weight[tap][k, c] = sum over pixels of grad_y[pixel, k] x[pixel + tap, c]
+//   forward      y[pixel, k]    = sum over (tap, c) of x[pixel + tap, c] * weight[k, tap, c]
+//   grad_input   gx[pixel, c]   = sum over (tap, k) of gy[pixel - tap, k] * weight[k, tap, c]
+//   grad_weight  gw[k, tap, c]  = sum over pixels of gy[pixel, k] * x[pixel + tap, c]
 //
 // A tap that looks at padding is neither loaded nor multiplied. Forward and grad_input cut their
 // targets into rectangles on which the live taps are the same (rectangles.h), and are one kernel,

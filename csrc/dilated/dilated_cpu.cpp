@@ -92,12 +92,7 @@ Image image_of(const at::Tensor& tensor) {  // [N, C, H, W]
           stride_of(tensor, 2), stride_of(tensor, 3)};
 }
 
-// weight [K, C, R, S] with its channels adjacent: a copy, unless it is channels_last already or has
-// one tap.
-at::Tensor with_adjacent_channels(const at::Tensor& weight) {
-  return stride_of(weight, 1) == 1 ? weight : weight.contiguous(at::MemoryFormat::ChannelsLast);
-}
-
+// Of a weight [K, C, R, S] with its channels adjacent.
 Filter filter_of(const at::Tensor& weight) {
   return {const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(2),
           weight.stride(3)};
@@ -122,7 +117,8 @@ int64_t threads_for(int64_t products) {
   return std::clamp<int64_t>(products >> 20, 1, at::get_num_threads());
 }
 
-// `tensor` [N, C, H, W] with its channels adjacent. Planes are transposed by our own threads, which
+// `tensor` [N, C, H, W], or a weight, with its channels adjacent: a copy, unless it is
+// channels_last already or has one pixel (one tap). Planes are transposed by our own threads, which
 // takes a fraction of what ATen's copy does.
 at::Tensor with_adjacent_channels(const at::Tensor& tensor, const Kernels& kernels) {
   const int64_t N = tensor.size(0), C = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
@@ -131,18 +127,18 @@ at::Tensor with_adjacent_channels(const at::Tensor& tensor, const Kernels& kerne
   const at::Tensor copy =
       at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::ChannelsLast));
   constexpr int64_t kBlock = 256;
-  const int64_t blocks = ceil_div(pixels, kBlock);
+  const int64_t blocks = ceil_div(pixels, kBlock),
+                grain = (1 << 16) / (C * std::min(pixels, kBlock));
   const auto* from = static_cast<const char*>(tensor.const_data_ptr());
   auto* to = static_cast<char*>(copy.mutable_data_ptr());
-  at::parallel_for(0, N * blocks, std::max<int64_t>(1, (1 << 16) / (C * kBlock)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i) {
-                       const int64_t image = i / blocks * C * pixels * tensor.element_size();
-                       const int64_t first = i % blocks * kBlock;
-                       kernels.to_channels_last(from + image, pixels, first,
-                                                std::min(first + kBlock, pixels), C, to + image);
-                     }
-                   });
+  at::parallel_for(0, N * blocks, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / blocks * C * pixels * tensor.element_size();
+      const int64_t first = i % blocks * kBlock;
+      kernels.to_channels_last(from + image, pixels, first, std::min(first + kBlock, pixels), C,
+                               to + image);
+    }
+  });
   return copy;
 }
 
@@ -274,7 +270,7 @@ at::Tensor dilated_conv2d_cpu(const at::Tensor& input,                // [N, C, 
     run_few_outputs(shape, cls, input, weight, kernels, call);
     return output;
   }
-  const at::Tensor w = with_adjacent_channels(weight);
+  const at::Tensor w = with_adjacent_channels(weight, kernels);
   // With one tap, inputs are read once, and transposed on the way.
   const at::Tensor x = shape.R * shape.S == 1 ? input : with_adjacent_channels(input, kernels);
   call.source = image_of(x), call.weight = filter_of(w);
@@ -333,20 +329,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dilated_conv2d_backward_cpu(
     std::array<bool, 3> output_mask) {
   const ConvShape shape = dense_shape(input, weight, stride, padding, dilation);
   const Kernels kernels = kernels_for(input.scalar_type());
-  const std::array<int64_t, 4> output_sizes = {shape.N, shape.K, shape.P, shape.Q};
-  TORCH_CHECK(grad_output.sizes() == at::IntArrayRef(output_sizes) &&
-                  grad_output.scalar_type() == input.scalar_type() && grad_output.device().is_cpu(),
-              "fastseg: expected grad_output ", at::IntArrayRef(output_sizes), " of dtype ",
-              input.scalar_type(), ", but got ", grad_output.sizes(), " of dtype ",
-              grad_output.scalar_type());
-
-  at::Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) {
-    grad_input =
-        at::empty(input.sizes(), input.options().memory_format(conv_memory_format(input, weight)));
-  }
-  if (output_mask[1]) grad_weight = at::empty_like(weight);
-  if (output_mask[2]) grad_bias = grad_output.sum({0, 2, 3});
+  auto [grad_input, grad_weight, grad_bias] = empty_gradients(
+      shape, grad_output, input, weight, output_mask[0], output_mask[1], output_mask[2]);
+  if (output_mask[2]) at::sum_out(grad_bias, grad_output, {0, 2, 3});
   if (input.numel() == 0) {
     if (output_mask[1]) grad_weight.zero_();
     return {grad_input, grad_weight, grad_bias};
@@ -355,7 +340,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dilated_conv2d_backward_cpu(
 
   const at::Tensor gy = with_adjacent_channels(grad_output, kernels);
   if (output_mask[0]) {
-    run_grad_input(shape, gy, with_adjacent_channels(weight), kernels, grad_input);
+    run_grad_input(shape, gy, with_adjacent_channels(weight, kernels), kernels, grad_input);
   }
   if (output_mask[1]) {
     grad_weight.copy_(run_grad_weight(shape, gy, with_adjacent_channels(input, kernels), kernels));

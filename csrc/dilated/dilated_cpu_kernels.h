@@ -3,19 +3,23 @@
 //     y[n, k, p, q] = act(bias[k] + scale[k] * sum over live taps (r, s) and c of
 //                         weight[k, c, r, s] * x[n, c, p * stride - pad + r * dilation, ...])
 //
-// A thread has a block of outputs times a block of output channels, whose sums stay in the
-// second-level cache. They are built up in steps, one for each live tap and block of channels:
+// and the same for grad_input, where targets are the inputs, sources grad_y, and the filter maps k
+// to c. A thread has a part of the targets and of their channels. Their sums are built up in steps:
 //
-//     step (tap, channels)      weights -> panels [K / 32][channels][32]             256 KB, L2
-//       outputs the tap reaches, 14 at a time
-//                               the inputs they look at -> tile [14][channels]        15 KB, L1
-//         panels                sums [14][32] += tile * panel                         see product.h
+//     step (a tap, or a few, and a block of up to 512 channels)
+//                               weight -> panels [columns / 32][depth][32]          <= 512 KB, L2
+//       targets the taps reach, 14 at a time
+//                               the sources they look at, [14][depth]                <= 28 KB, L1
+//         panels                sums [14][32] += sources * panel                      see product.h
 //
-// A step visits only those outputs whose tap lands inside the image, so padding is never loaded
-// and costs nothing: at ASPP's rates most of the filter does. The copies (about 1 % of the time)
-// take inputs of any layout and dtype, and give the product one that suits it. Sums are finished
-// (scale, bias, activation, rounding, layout) in one pass, or where there is one step, on their way
-// out of the registers.
+// A step visits only those targets whose tap lands inside the image, so padding is never loaded
+// and costs nothing: at ASPP's rates most of the filter does. Sources are multiplied where they
+// lie if their channels are adjacent, and else copied: any layout and dtype will do. Sums wait in
+// the target itself, or in scratch memory where that has another dtype or layout; the last step
+// finishes them (scale, bias, activation) in registers if it can, and else a pass at the end does.
+//
+// grad_weight is a product whose depth is outputs: see WeightTask. A filter with few output
+// channels goes another way: see ShiftCall.
 
 #include "csrc/common/product.h"  // and with it simd.h
 #include "csrc/dilated/dilated_cpu_plan.h"

@@ -136,8 +136,20 @@ def _kernel_objects(
 ) -> list[Path]:
     flags = [*KERNEL_FLAGS, *_cuda_include_flags(), *(f"-D{define}" for define in defines)]
     flags += SANITIZER_FLAGS if sanitize else PLAIN_FLAGS
-    overlay_flags = [f"-I{Path(overlay).resolve()}"] if overlay is not None else []
-    return _compile_all([*((source, [*overlay_flags, *flags]) for source in sources), *((s, flags) for s in EXECUTOR)])
+    jobs = []
+    for source in sources:
+        changed = overlay is not None and _sees_overlay(source, flags, Path(overlay).resolve())
+        jobs.append((source, [f"-I{Path(overlay).resolve()}", *flags] if changed else flags))
+    return _compile_all([*jobs, *((source, flags) for source in EXECUTOR)])
+
+
+def _sees_overlay(source: str | Path, flags: Sequence[str], overlay: Path) -> bool:
+    """Whether a file of `overlay` replaces one that `source` includes; True also while its headers are not known."""
+    record = _object_file(source, _command(flags)).with_suffix(".json")
+    if not record.is_file() or not _is_current(record):
+        return True
+    included = (Path(file) for file in json.loads(record.read_text()))
+    return any((overlay / file.relative_to(ROOT)).is_file() for file in included if file.is_relative_to(ROOT))
 
 
 @contextlib.contextmanager
@@ -170,14 +182,22 @@ def _compile_all(jobs: Iterable[tuple[str | Path, Sequence[str]]]) -> list[Path]
         return list(pool.map(lambda job: _compile(*job), jobs))
 
 
+def _command(flags: Sequence[str]) -> list[str]:
+    return [_compiler(), *flags, *FLAGS, f"-I{ROOT}"]
+
+
+def _object_file(source: str | Path, command: Sequence[str]) -> Path:
+    source = (ROOT / source).resolve()
+    return BUILD_FOLDER / f"{source.stem}-{_hash(str(source), _compiler_version(), *command)}.o"
+
+
 def _compile(source: str | Path, flags: Sequence[str]) -> Path:
     """Compiles one file, unless its object is there and made from the same content."""
     source = (ROOT / source).resolve()
     if not source.is_file():
         raise BuildError(f"no source file {source}")
-    command = [_compiler(), *flags, *FLAGS, f"-I{ROOT}"]
-    key = _hash(str(source), _compiler_version(), *command)
-    object_file = BUILD_FOLDER / f"{source.stem}-{key}.o"
+    command = _command(flags)
+    object_file = _object_file(source, command)
     record = object_file.with_suffix(".json")
     if object_file.is_file() and _is_current(record):
         return object_file
