@@ -78,9 +78,8 @@ def pytest_configure(config):
 @pytest.fixture
 def tf32():
     """Let convolutions of float32 tensors multiply as TF32 while a test runs."""
-    torch.backends.cudnn.allow_tf32 = True
-    yield
-    torch.backends.cudnn.allow_tf32 = False
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        yield
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ under sanitizers; 4 offline compilation. Rung 5 needs a GPU: `make gpu`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +35,13 @@ class Step:
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    beside: bool = False  # runs at the same time as the step before it; each keeps one core busy
 
 
 def steps() -> list[Step]:
-    interpreter = {"FASTSEG_RUNG": "interpreter", "TRITON_INTERPRET": "1"}
-    host = {"FASTSEG_RUNG": "host"}
+    # Both run kernels on one core: more threads would only wait for each other.
+    interpreter = {"FASTSEG_RUNG": "interpreter", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    host = {"FASTSEG_RUNG": "host", "OMP_NUM_THREADS": "1"}
     sanitized = host | {"FASTSEG_SANITIZE": "1"}
     return [
         Step(0, "lint", [sys.executable, "tests/lint.py"]),
@@ -48,34 +53,56 @@ def steps() -> list[Step]:
             Step(1, f"C++ CPU kernels, {best} at most", [*PYTEST, *CPU_KERNELS], {"FASTSEG_CPU_CAPABILITY": best})
             for best in ("avx2", "plain")
         ),
-        Step(2, "Triton kernels in the interpreter", [*PYTEST, *CONTRACT], interpreter),
+        Step(2, "Triton kernels in the interpreter, depthwise", [*PYTEST, *CONTRACT, "-k", "not dilated"], interpreter),
+        Step(2, "Triton kernels in the interpreter, dense", [*PYTEST, *CONTRACT, "-k", "dilated"], interpreter, True),
         Step(3, "the executor of CUDA kernels on the CPU", [
             *PYTEST, "tests/host/test_host_executor.py", "tests/host/test_load_matrices.py",
         ]),
-        Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT, "tests/host/test_mutations.py"], host),
+        Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT], host),
         Step(3, "CUDA kernels on the CPU, sanitized", [*PYTEST, "tests/test_contract.py", "-k", SANITIZED], sanitized),
+        Step(3, "CUDA kernels with planted bugs", [*PYTEST, "tests/host/test_mutations.py"], host, True),
         Step(4, "offline compilation and its table of resources", [*PYTEST, "tests/offline"]),
     ]  # fmt: skip
+
+
+def run(together: list[Step]) -> list[tuple[Step, int, float]]:
+    """Run steps at the same time; (step, exit status, seconds) of each. What they print comes one after the other."""
+    start, running, done = time.monotonic(), [], []
+    with contextlib.ExitStack() as files:
+        for step in together:
+            environment = os.environ | step.environment
+            if "FASTSEG_SANITIZE" in environment:
+                environment |= sanitizer_environment()
+            output = files.enter_context(tempfile.TemporaryFile()) if step.beside else None
+            process = subprocess.Popen(step.command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            running.append((step, process, output))
+        for step, process, output in running:
+            code = process.wait()
+            done.append((step, code, time.monotonic() - start))
+            if output is not None:
+                print(f"\n== rung {step.rung}: {step.name}, beside the one before", flush=True)
+                output.seek(0)
+                shutil.copyfileobj(output, sys.stdout.buffer)
+                sys.stdout.flush()
+    return done
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rung", type=int, choices=range(5), action="append")
     chosen = parser.parse_args().rung or list(range(5))
-    rows, failed = [], False
+    groups: list[list[Step]] = []
     for step in steps():
-        if step.rung not in chosen:
-            continue
-        print(f"\n== rung {step.rung}: {step.name}", flush=True)
-        start = time.monotonic()
-        environment = os.environ | step.environment
-        if "FASTSEG_SANITIZE" in environment:
-            environment |= sanitizer_environment()
-        code = subprocess.run(step.command, cwd=ROOT, env=environment, check=False).returncode
-        failed |= code != 0
-        rows.append(
-            f"rung {step.rung}  {'passed' if code == 0 else 'FAILED'}  {time.monotonic() - start:6.0f} s  {step.name}"
-        )
+        if step.rung in chosen and step.beside:
+            groups[-1].append(step)
+        elif step.rung in chosen:
+            groups.append([step])
+    rows, failed = [], False
+    for together in groups:
+        print(f"\n== rung {together[0].rung}: {together[0].name}", flush=True)
+        for step, code, seconds in run(together):
+            failed |= code != 0
+            rows.append(f"rung {step.rung}  {'passed' if code == 0 else 'FAILED'}  {seconds:6.0f} s  {step.name}")
     for name in not_yet_run_on_a_gpu():
         print(f"not yet run on a GPU: {name}")
     print("\n" + "\n".join(rows), flush=True)

@@ -123,7 +123,11 @@ int64_t threads_for(int64_t products) {
 at::Tensor with_adjacent_channels(const at::Tensor& tensor, const Kernels& kernels) {
   const int64_t N = tensor.size(0), C = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
   if (stride_of(tensor, 1) == 1) return tensor;
-  if (!tensor.is_contiguous()) return tensor.contiguous(at::MemoryFormat::ChannelsLast);
+  // A weight's planes fill no vector: there ATen's copy is the faster one.
+  constexpr int64_t kFewPixels = 16;
+  if (!tensor.is_contiguous() || pixels < kFewPixels) {
+    return tensor.contiguous(at::MemoryFormat::ChannelsLast);
+  }
   const at::Tensor copy =
       at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::ChannelsLast));
   constexpr int64_t kBlock = 256;
