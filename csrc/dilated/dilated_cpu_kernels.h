@@ -88,10 +88,42 @@ inline bool is_one_piece(const Call& call, const Step& step) {
   return call.source.c == 1 && step.first < step.last;
 }
 
+// Asks for the weight of the next step bit by bit, while this one is computed: in memory it is as
+// many short pieces as there are columns, which nobody else would foresee.
+template <class S>
+struct WeightAhead {
+  static constexpr int64_t kLine = 64 / sizeof(S);
+  const S* weight = nullptr;
+  int64_t stride, lines;      // from piece to piece; of a piece
+  int64_t next = 0, end = 0;  // lines
+  int64_t at_once;
+
+  WeightAhead(const Call& call, const Step* step, int64_t k, int64_t columns, int64_t products) {
+    if (step == nullptr || step->last - step->first != 1) return;
+    const dilated_cpu::Segment& segment = call.segments[step->first];
+    const int64_t first =
+        call.turned ? k + segment.channel * call.weight.k : k * call.weight.k + segment.channel;
+    const int64_t pieces = call.turned ? segment.depth : columns;
+    weight = static_cast<const S*>(call.weight.data) + segment.r * call.weight.r +
+             segment.s * call.weight.s + first;
+    stride = call.weight.k;
+    lines = ((call.turned ? columns : segment.depth) + kLine - 1) / kLine;
+    end = pieces * lines;
+    at_once = end / (products + 1) + 1;
+  }
+
+  FASTSEG_INLINE void ask() {
+    for (int64_t i = 0; i < at_once && next < end; ++i, ++next) {
+      __builtin_prefetch(weight + next / lines * stride + next % lines * kLine, 0, 2);
+    }
+  }
+};
+
 // One step over the targets [begin, end) and `columns` columns.
 template <class S, class T>
 inline void run_step(const Call& call, const Step& step, int64_t begin, int64_t end, T* sums,
-                     const T* panels, int64_t columns, const Finish<T>* finish, T* tile) {
+                     const T* panels, int64_t columns, const Finish<T>* finish, T* tile,
+                     WeightAhead<S> ahead_weight) {
   constexpr int64_t kFewRows = 4;  // with fewer, multiply-adds wait for each other
   const int64_t pixel_step = call.step_w * call.source.w;
   const bool in_place = std::is_same_v<S, T> && is_one_piece(call, step) && !aliased<S>(pixel_step);
@@ -120,6 +152,7 @@ inline void run_step(const Call& call, const Step& step, int64_t begin, int64_t 
         prefetch_rows(from + (q + count) * pixel_step, pixel_step, i > 1 ? count : 0, step.depth);
         multiply_tile(from + q * pixel_step, pixel_step, static_cast<int>(count), panels,
                       step.depth, own_targets, columns, step.starts, finish);
+        ahead_weight.ask();
         q += count;
       }
     }
@@ -142,6 +175,7 @@ inline void run_step(const Call& call, const Step& step, int64_t begin, int64_t 
       if (rows == kTileRows) {
         multiply_tile(tile, kTilePitch<T>, rows, panels, step.depth, targets, columns, step.starts,
                       finish);
+        ahead_weight.ask();
         rows = 0;
       }
     }
@@ -258,8 +292,10 @@ void run_part(const Call& call, const Part& part, char* scratch) {
       for (int64_t i = 0; i < call.step_count; ++i) {
         const Step& step = call.steps[i];
         pack_weight<S>(call, step, k, columns, panels);
+        const Step* next = i + 1 < call.step_count ? &step + 1 : nullptr;
         run_step<S, T>(call, step, begin, end, sums, panels, columns,
-                       !call.finishes_last && step.finishes ? &finish : nullptr, tile);
+                       !call.finishes_last && step.finishes ? &finish : nullptr, tile,
+                       WeightAhead<S>(call, next, k, columns, (end - begin) / kTileRows));
       }
       if (!call.finishes_last) continue;
       for (int64_t row = begin / call.Q; row * call.Q < end; ++row) {

@@ -365,9 +365,9 @@ struct WeightCall {
 };
 
 constexpr int64_t kWeightBlock = 256;
-// Tasks to have at least: more than the threads of most machines, so that all are busy, and a
+// Tasks to have at least: as many as most machines have threads, so that all are busy, and a
 // number that does not depend on them, so that neither does the result.
-constexpr int64_t kWeightTasks = 32;
+constexpr int64_t kWeightTasks = 16;
 
 inline int64_t weight_splits(const std::vector<LiveTap>& taps, int64_t N, int64_t K, int64_t C) {
   const int64_t blocks =
