@@ -76,9 +76,9 @@ def _gradients(backend, x, weight, geometry, make_grad):
     return y, grad_y, *torch.autograd.grad(y, (x, weight), grad_y)
 
 
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 def smoke(device: str, compare: bool = True) -> int:
     """Forward and both gradients of small tensors, inside the error bound; float32 is IEEE float32 here."""
-    torch.backends.cudnn.allow_tf32 = False
     done = 0
     for name, backend, dtype, layout, size, filter, geometry in _calls(device):
         x = random_tensor((2, CHANNELS, *size), dtype, seed=1, device=device).contiguous(memory_format=layout)

@@ -93,7 +93,8 @@ struct TargetClass {
   int64_t P, Q;
   int64_t step_h, step_w;
   std::vector<LiveTap> taps;
-  std::vector<int64_t> row_taps, column_taps;  // live taps of each row, of each column
+  // Live taps of each row and of each column; empty where all targets are alike.
+  std::vector<int64_t> row_taps, column_taps;
 };
 
 inline std::vector<int64_t> live_counts(const Axis& axis, const AxisClass& cls, int64_t positions) {
@@ -147,7 +148,7 @@ inline TargetClass flattened(const TargetClass& cls, int64_t images) {
   TargetClass flat = cls;
   flat.P = 1, flat.Q = images * cls.P * cls.Q;
   flat.taps.front().rows = {0, 1}, flat.taps.front().columns = {0, flat.Q};
-  flat.row_taps.assign(1, 1), flat.column_taps.assign(flat.Q, 1);
+  flat.row_taps.clear(), flat.column_taps.clear();
   return flat;
 }
 
@@ -301,8 +302,10 @@ inline std::vector<Part> cut_parts(const TargetClass& cls, int64_t images, int64
   int64_t begin = 0;
   for (int64_t stripe = 1; stripe <= stripes; ++stripe) {
     const int64_t share = images * work.image() / stripes * stripe;
-    const int64_t end =
-        stripe == stripes ? targets : std::clamp(work.targets_with(share), begin, targets);
+    int64_t end = targets * stripe / stripes;
+    if (stripe < stripes && !cls.row_taps.empty()) {
+      end = std::clamp(work.targets_with(share), begin, targets);
+    }
     for (int64_t slice = 0; slice < slices && begin < end; ++slice) {
       parts.push_back({begin, end, panels * slice / slices * panel_columns,
                        std::min(columns, panels * (slice + 1) / slices * panel_columns)});
