@@ -7,10 +7,11 @@ import torch.nn.functional as F
 
 from fastseg import dispatch, extension, ops
 from fastseg.nn import folding
-from fastseg.ops.arguments import normalise
+from fastseg.ops.arguments import ConvArguments, normalise
 from fastseg.ops.batch_norm import batch_norm_activation_, fold_batch_norm, folded_conv2d, scale_and_shift
 from fastseg.ops.conv2d import operator_of
-from fastseg.ops.convolution import geometry_of, run_convolution
+from fastseg.ops.convolution import geometry_of
+from fastseg.ops.library import OVERLOADS
 
 
 def convolve(layer: torch.nn.Conv2d, input, weight, bias, activation: str, backend: str | None) -> torch.Tensor:
@@ -106,20 +107,24 @@ def folded(
     """`layer`'s convolution, then the chain's norm and activation, scaled wherever that is faster."""
     weight, statistics, eps = operands.weight, operands.statistics, chain.norm.eps
     scales = folding.scales_weight(layer, weight, input.shape, input.device.type)
+    plan = None
     if input.dtype == weight.dtype and not _autocasts(input.device.type):
-        choice = planned_choice(layer, input, weight, backend)
-        if choice is not None and choice.backend in ("cpu", "native") and input.is_cpu:
+        plan = _plan(layer, input, weight, backend)
+    if plan is not None:
+        choice, arguments = plan
+        if input.is_cpu and choice.backend in ("cpu", "native"):
             if choice.backend == "native":
                 dispatch.count_native(operator_of(input.shape[1], layer.groups), choice.reason)
             return folded_conv2d(
                 input, weight, *statistics, eps, layer.stride, layer.padding, layer.dilation, layer.groups,
                 chain.activation_name, scales, choice.backend,
             )  # fmt: skip
-        if choice is not None and choice.backend != "native" and layer.groups == 1:
+        if arguments is not None and choice.backend != "native":
+            # Scale and shift may be wider than the tensors: the sums take them before they are rounded.
             scale, shift = scale_and_shift(*statistics, eps)
-            return run_convolution(
-                "dilated_conv2d", input, weight, shift, layer.stride, layer.padding, layer.dilation, 1,
-                chain.activation_name, choice.backend, scale,
+            return OVERLOADS["dilated_conv2d"][choice.backend](
+                input, weight, shift, arguments.stride, arguments.padding, arguments.dilation,
+                chain.activation_name, scale,
             )  # fmt: skip
     if scales:
         scaled, shift = fold_batch_norm(weight, *statistics, eps)
@@ -132,15 +137,19 @@ def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def planned_choice(layer: torch.nn.Conv2d, input, weight, backend: str | None) -> dispatch.Choice | None:
-    """What runs `layer` on `input`, or None where the layer or the build leaves no choice."""
+def _plan(layer: torch.nn.Conv2d, input, weight, backend) -> tuple[dispatch.Choice, ConvArguments | None] | None:
+    """What runs `layer` on `input`, and of a dense convolution its arguments in normal form.
+
+    None where the layer or the build leaves no choice, or where the mistake in a call is PyTorch's to tell.
+    """
     if extension.EXTENSION is None or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    operator = operator_of(input.shape[1], layer.groups)
-    geometry = None
-    if dispatch.depends_on_geometry(operator, input.device.type):
+    operator, device_type = operator_of(input.shape[1], layer.groups), input.device.type
+    arguments = geometry = None
+    if operator == "dilated_conv2d":
         arguments = normalise(input, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         if arguments is None:
             return None
-        geometry = geometry_of(arguments, weight)
-    return dispatch.choose(dispatch.Problem(operator, input.device.type, input.dtype, geometry), backend)
+        if dispatch.depends_on_geometry(operator, device_type):
+            geometry = geometry_of(arguments, weight)
+    return dispatch.choose(dispatch.Problem(operator, device_type, input.dtype, geometry), backend), arguments

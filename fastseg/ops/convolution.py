@@ -13,12 +13,8 @@ from fastseg.ops.library import OVERLOADS
 from fastseg.ops.native import native_conv2d
 
 
-def run_convolution(operator, input, weight, bias, stride, padding, dilation, groups, activation, backend, scale=None):
-    """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d.
-
-    `scale` [K] multiplies the sums before `bias` is added; only operators with such an argument take it, and never
-    "auto" or "native".
-    """
+def run_convolution(operator, input, weight, bias, stride, padding, dilation, groups, activation, backend):
+    """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d."""
     check_activation(activation)
     arguments = choice = refusal = None
     if isinstance(input, torch.Tensor):
@@ -43,8 +39,6 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
         raise refusal
     forward = OVERLOADS[operator][choice.backend]
     inputs = (arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation)
-    if scale is not None:
-        inputs += (scale,)
     if _records(input, weight, bias):
         y = forward(*inputs)
     else:

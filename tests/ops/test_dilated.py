@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastseg
 from fastseg.ops.library import OVERLOADS
 from fastseg.testing import assert_within, expected_conv, random_tensor
 
@@ -36,3 +37,26 @@ def test_scale_has_no_gradient(target):
         OVERLOADS["dilated_conv2d"][target.backend](
             x, weight.requires_grad_(), None, [1, 1], [0] * 4, [1, 1], "none", weight.detach()[:, 0, 0, 0]
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_norm_behind_it_is_folded_in_every_dtype(dtype, target):
+    """The named backend runs convolution, norm and activation of an accelerated chain, also of low precision."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(24, 16, 3, padding=2, dilation=2), torch.nn.BatchNorm2d(16), torch.nn.ReLU()
+    ).eval()
+    conv, norm, _ = model
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    model.to(target.device, dtype)
+    x = random_tensor((2, 24, 9, 8), dtype, seed=1, device=target.device)
+    fastseg.accelerate(model, backend=target.backend)
+    with torch.no_grad():
+        y = model(x)
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        shift = norm.bias.double() + (conv.bias.double() - norm.running_mean.double()) * scale
+        scaled = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    wanted = expected_conv(x, scaled, shift, *GEOMETRY, "relu", roundoff=target.roundoff(dtype)).output
+    assert y.dtype == dtype
+    assert_within(y, wanted, "output")
