@@ -17,6 +17,7 @@
 #include "csrc/common/conv_shape.h"
 #include "csrc/common/simd.h"
 #include "csrc/common/torch_conv.h"
+#include "csrc/common/torch_cpu.h"
 
 #define FASTSEG_KERNELS "csrc/batch_norm/batch_norm_cpu_kernels.h"
 #include "csrc/common/for_each_simd.h"
@@ -67,10 +68,6 @@ std::tuple<at::Tensor, at::Tensor> scale_and_shift(int64_t K, at::ScalarType typ
     fill(scale.mutable_data_ptr<float>(), shift.mutable_data_ptr<float>());
   }
   return {scale, shift};
-}
-
-at::ScalarType accumulation_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 std::tuple<at::Tensor, at::Tensor> fold_batch_norm(
@@ -129,23 +126,9 @@ at::Tensor& batch_norm_activation_(at::Tensor& y,  // [N, K, P, Q]
   auto [scale, shift] = scale_and_shift(y.size(1), accumulation_type(y.scalar_type()), bias, mean,
                                         variance, gamma, beta, eps);
   if (y.numel() == 0) return y;
-  switch (y.scalar_type()) {
-    case at::kFloat:
-      scale_shift_activate<float>(y, scale, shift, chosen);
-      break;
-    case at::kDouble:
-      scale_shift_activate<double>(y, scale, shift, chosen);
-      break;
-    case at::kHalf:
-      scale_shift_activate<Half>(y, scale, shift, chosen);
-      break;
-    case at::kBFloat16:
-      scale_shift_activate<BFloat16>(y, scale, shift, chosen);
-      break;
-    default:
-      TORCH_CHECK(false, "fastseg: expected float64, float32, float16 or bfloat16, but got ",
-                  y.scalar_type());
-  }
+  with_storage(y.scalar_type(), [&](auto element) {
+    scale_shift_activate<decltype(element)>(y, scale, shift, chosen);
+  });
   return y;
 }
 

@@ -73,7 +73,7 @@ FASTSEG_NOINLINE void multiply_rows(const T* a, int64_t pitch, const T* b, int64
       const Vector<T> value = broadcast(base[i / 3][i % 3 * pitch]);
       FASTSEG_UNROLL for (int v = 0; v < kVectors; ++v) acc[i][v] += value * row[v];
     }
-    FASTSEG_UNROLL for (int j = 0; j < kBases; ++j)++ base[j];
+    FASTSEG_UNROLL for (int j = 0; j < kBases; ++j) base[j] += 1;
     b += kVectors * n;
   }
   FASTSEG_UNROLL for (int v = 0; v < kVectors; ++v) {

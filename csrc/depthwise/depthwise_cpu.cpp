@@ -13,8 +13,8 @@
 
 #include "csrc/common/conv_shape.h"
 #include "csrc/common/simd.h"
-#include "csrc/common/thread_scratch.h"
 #include "csrc/common/torch_conv.h"
+#include "csrc/common/torch_cpu.h"
 #include "csrc/depthwise/depthwise_cpu_plan.h"
 
 #define FASTSEG_KERNELS "csrc/depthwise/depthwise_cpu_kernels.h"
@@ -50,18 +50,7 @@ Kernels kernels_of() {
 }
 
 Kernels kernels_for(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return kernels_of<float>();
-    case at::kDouble:
-      return kernels_of<double>();
-    case at::kHalf:
-      return kernels_of<Half>();
-    case at::kBFloat16:
-      return kernels_of<BFloat16>();
-    default:
-      TORCH_CHECK(false, "fastseg: expected float64, float32, float16 or bfloat16, but got ", type);
-  }
+  return with_storage(type, [](auto element) { return kernels_of<decltype(element)>(); });
 }
 
 Image image_of(const at::Tensor& tensor) {  // [N, C, H, W]
@@ -170,7 +159,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
   at::Tensor partial;
   if (output_mask[1] || output_mask[2]) {
     partial = at::empty({call.tasks() * call.partial_size()},
-                        input.options().dtype(item == 8 ? at::kDouble : at::kFloat));
+                        input.options().dtype(accumulation_type(input.scalar_type())));
     call.partial = partial.mutable_data_ptr();
   }
 

@@ -15,8 +15,8 @@
 
 #include "csrc/common/conv_shape.h"
 #include "csrc/common/simd.h"
-#include "csrc/common/thread_scratch.h"
 #include "csrc/common/torch_conv.h"
+#include "csrc/common/torch_cpu.h"
 #include "csrc/dilated/dilated_cpu_plan.h"
 
 #define FASTSEG_KERNELS "csrc/dilated/dilated_cpu_kernels.h"
@@ -68,38 +68,23 @@ Kernels kernels_of() {
 #undef FASTSEG_KERNELS_OF
 
 Kernels kernels_for(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return kernels_of<float>();
-    case at::kDouble:
-      return kernels_of<double>();
-    case at::kHalf:
-      return kernels_of<Half>();
-    case at::kBFloat16:
-      return kernels_of<BFloat16>();
-    default:
-      TORCH_CHECK(false, "fastseg: expected float64, float32, float16 or bfloat16, but got ", type);
-  }
+  return with_storage(type, [](auto element) { return kernels_of<decltype(element)>(); });
 }
 
-// A size-1 dimension may claim any stride.
-int64_t stride_of(const at::Tensor& tensor, int64_t dim) {
+// A size-1 dimension may claim any stride, and is as good as adjacent.
+int64_t stride_or_one(const at::Tensor& tensor, int64_t dim) {
   return tensor.size(dim) == 1 ? 1 : tensor.stride(dim);
 }
 
 Image image_of(const at::Tensor& tensor) {  // [N, C, H, W]
-  return {const_cast<void*>(tensor.const_data_ptr()), stride_of(tensor, 0), stride_of(tensor, 1),
-          stride_of(tensor, 2), stride_of(tensor, 3)};
+  return {const_cast<void*>(tensor.const_data_ptr()), stride_or_one(tensor, 0),
+          stride_or_one(tensor, 1), stride_or_one(tensor, 2), stride_or_one(tensor, 3)};
 }
 
 // Of a weight [K, C, R, S] with its channels adjacent.
 Filter filter_of(const at::Tensor& weight) {
   return {const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(2),
           weight.stride(3)};
-}
-
-at::ScalarType accumulation_type(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // Runs task(i) for every i in [0, tasks) on at most `threads` threads; whoever is free takes the
@@ -122,7 +107,7 @@ int64_t threads_for(int64_t products) {
 // takes a fraction of what ATen's copy does.
 at::Tensor with_adjacent_channels(const at::Tensor& tensor, const Kernels& kernels) {
   const int64_t N = tensor.size(0), C = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
-  if (stride_of(tensor, 1) == 1) return tensor;
+  if (stride_or_one(tensor, 1) == 1) return tensor;
   // A weight's planes fill no vector: there ATen's copy is the faster one.
   constexpr int64_t kFewPixels = 16;
   if (!tensor.is_contiguous() || pixels < kFewPixels) {
@@ -186,7 +171,7 @@ void run_class(TargetClass cls, int64_t images, int64_t channels, int64_t column
   call.target.h *= cls.row_period, call.target.w *= cls.column_period;
   call.clears = !found.start_all;
   call.finishes_last = !found.finish_all || !call.direct;
-  call.segments = found.segments.data(), call.steps = found.steps.data();
+  call.blocks = found.blocks.data(), call.steps = found.steps.data();
   call.step_count = static_cast<int64_t>(found.steps.size());
   for (const Step& step : found.steps) call.depth = std::max(call.depth, step.depth);
   // Panels fill half of a second-level cache. What the steps read and write at a block of pixels
@@ -255,7 +240,7 @@ at::Tensor dilated_conv2d_cpu(const at::Tensor& input,                // [N, C, 
                               const std::optional<at::Tensor>& scale) {  // [K]
   const ConvShape shape = dense_shape(input, weight, stride, padding, dilation);
   const Kernels kernels = kernels_for(input.scalar_type());
-  const at::ScalarType wide = accumulation_type(input);
+  const at::ScalarType wide = accumulation_type(input.scalar_type());
   const at::Tensor b = per_channel(bias, "bias", shape.K, wide);
   const at::Tensor a = per_channel(scale, "scale", shape.K, wide);
   Call call{};
@@ -291,7 +276,7 @@ void run_grad_input(const ConvShape& shape, const at::Tensor& gy, const at::Tens
     call.weight = filter_of(weight);
     call.turned = true;
     call.activation = Activation::kNone;
-    call.direct = call.target.c == 1 && gy.scalar_type() == accumulation_type(gy);
+    call.direct = call.target.c == 1 && gy.scalar_type() == accumulation_type(gy.scalar_type());
     call.target.data = static_cast<char*>(call.target.data) +
                        (cls.row * call.target.h + cls.column * call.target.w) * gy.element_size();
     run_class(cls, shape.N, shape.K, shape.C, kernels, call);
@@ -307,7 +292,8 @@ at::Tensor run_grad_weight(const ConvShape& shape, const at::Tensor& gy, const a
   const int64_t all_taps = shape.R * shape.S;
   const bool dead = static_cast<int64_t>(cls.taps.size()) < all_taps;
   const std::array<int64_t, 5> sizes = {splits, shape.K, shape.R, shape.S, shape.C};
-  const auto options = x.options().dtype(accumulation_type(x)).memory_format(std::nullopt);
+  const auto options =
+      x.options().dtype(accumulation_type(x.scalar_type())).memory_format(std::nullopt);
   const at::Tensor sums = dead ? at::zeros(sizes, options) : at::empty(sizes, options);
   WeightCall call{};
   call.step_h = shape.stride_h, call.step_w = shape.stride_w;

@@ -72,20 +72,28 @@ inline void prefetch_rows(const S* a, int64_t row_stride, int64_t count, int64_t
   }
 }
 
-// Where the sources of one segment lie, from the pixel that is read at target (n, 0, 0) on.
-FASTSEG_INLINE int64_t offset_of(const Call& call, const dilated_cpu::Segment& segment) {
-  return segment.source_row * call.source.h + segment.source_column * call.source.w +
-         segment.channel * call.source.c;
+// Where the sources of one block lie, from the pixel that is read at target (n, 0, 0) on.
+FASTSEG_INLINE int64_t offset_of(const Call& call, const dilated_cpu::TapBlock& block) {
+  return block.source_row * call.source.h + block.source_column * call.source.w +
+         block.channel * call.source.c;
 }
 
-// Whether the segments of a step are one piece of memory: one tap's channels, or those of taps that
+// Whether the blocks of a step are one piece of memory: one tap's channels, or those of taps that
 // look at neighbouring pixels.
 inline bool is_one_piece(const Call& call, const Step& step) {
   for (int64_t i = step.first; i + 1 < step.last; ++i) {
-    const int64_t next = offset_of(call, call.segments[i]) + call.segments[i].depth;
-    if (offset_of(call, call.segments[i + 1]) != next) return false;
+    const int64_t next = offset_of(call, call.blocks[i]) + call.blocks[i].depth;
+    if (offset_of(call, call.blocks[i + 1]) != next) return false;
   }
   return call.source.c == 1 && step.first < step.last;
+}
+
+// The weight [K][C] of one block, from target channel k on: forward maps C to K, grad_input K to C.
+template <class S>
+FASTSEG_INLINE const S* weight_of(const Call& call, const dilated_cpu::TapBlock& block, int64_t k) {
+  const int64_t row = call.turned ? block.channel : k, column = call.turned ? k : block.channel;
+  return static_cast<const S*>(call.weight.data) + row * call.weight.k + column +
+         block.r * call.weight.r + block.s * call.weight.s;
 }
 
 // Asks for the weight of the next step bit by bit, while this one is computed: in memory it is as
@@ -100,14 +108,11 @@ struct WeightAhead {
 
   WeightAhead(const Call& call, const Step* step, int64_t k, int64_t columns, int64_t products) {
     if (step == nullptr || step->last - step->first != 1) return;
-    const dilated_cpu::Segment& segment = call.segments[step->first];
-    const int64_t first =
-        call.turned ? k + segment.channel * call.weight.k : k * call.weight.k + segment.channel;
-    const int64_t pieces = call.turned ? segment.depth : columns;
-    weight = static_cast<const S*>(call.weight.data) + segment.r * call.weight.r +
-             segment.s * call.weight.s + first;
+    const dilated_cpu::TapBlock& block = call.blocks[step->first];
+    const int64_t pieces = call.turned ? block.depth : columns;
+    weight = weight_of<S>(call, block, k);
     stride = call.weight.k;
-    lines = ((call.turned ? columns : segment.depth) + kLine - 1) / kLine;
+    lines = ((call.turned ? columns : block.depth) + kLine - 1) / kLine;
     end = pieces * lines;
     at_once = end / (products + 1) + 1;
   }
@@ -144,7 +149,7 @@ inline void run_step(const Call& call, const Step& step, int64_t begin, int64_t 
     if constexpr (std::is_same_v<S, T>) {
       // Tiles of equal height: three of 11 rows rather than two of 14 and one of 5.
       const int64_t tiles = (last - q + kTileRows - 1) / kTileRows;
-      const S* from = in_place ? source + offset_of(call, call.segments[step.first]) : source;
+      const S* from = in_place ? source + offset_of(call, call.blocks[step.first]) : source;
       for (int64_t i = in_place ? tiles : 0; i > 0 && last - q >= kFewRows * i; --i) {
         const int64_t count = (last - q + i - 1) / i;
         T* own_targets[kTileRows];
@@ -161,13 +166,13 @@ inline void run_step(const Call& call, const Step& step, int64_t begin, int64_t 
       const int64_t ahead = last - q - count < kTileRows ? last - q - count : kTileRows;
       T* place = tile + rows * kTilePitch<T>;
       for (int64_t i = step.first; i < step.last; ++i) {
-        const dilated_cpu::Segment& segment = call.segments[i];
-        const S* from = source + q * pixel_step + offset_of(call, segment);
-        fill_tile(from, pixel_step, call.source.c, count, segment.depth, place);
+        const dilated_cpu::TapBlock& block = call.blocks[i];
+        const S* from = source + q * pixel_step + offset_of(call, block);
+        fill_tile(from, pixel_step, call.source.c, count, block.depth, place);
         if (call.source.c == 1) {
-          prefetch_rows(from + count * pixel_step, pixel_step, ahead, segment.depth);
+          prefetch_rows(from + count * pixel_step, pixel_step, ahead, block.depth);
         }
-        place += segment.depth;
+        place += block.depth;
       }
       for (int64_t i = 0; i < count; ++i) targets[rows + i] = target + (q + i) * target_step;
       q += count;
@@ -193,13 +198,10 @@ inline void pack_weight(const Call& call, const Step& step, int64_t k, int64_t c
   const int64_t depth_stride = call.turned ? call.weight.k : 1;
   int64_t place = 0;
   for (int64_t i = step.first; i < step.last; ++i) {
-    const dilated_cpu::Segment& segment = call.segments[i];
-    const S* weight = static_cast<const S*>(call.weight.data) + segment.r * call.weight.r +
-                      segment.s * call.weight.s + k * column_stride +
-                      segment.channel * depth_stride;
-    pack_panels(weight, column_stride, depth_stride, columns, segment.depth, panels, place,
-                step.depth);
-    place += segment.depth;
+    const dilated_cpu::TapBlock& block = call.blocks[i];
+    pack_panels(weight_of<S>(call, block, k), column_stride, depth_stride, columns, block.depth,
+                panels, place, step.depth);
+    place += block.depth;
   }
 }
 

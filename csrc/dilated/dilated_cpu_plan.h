@@ -39,13 +39,13 @@ struct Filter {
 };
 
 // Channels [channel, channel + depth) of one tap.
-struct Segment {
+struct TapBlock {
   int64_t source_row, source_column;
   int64_t r, s;
   int64_t channel, depth;
 };
 
-// A product that is added to the sums of a rectangle of targets: `depth` deep, made of the segments
+// A product that is added to the sums of a rectangle of targets: `depth` deep, made of the blocks
 // [first, last).
 struct Step {
   LiveRange rows, columns;
@@ -56,7 +56,7 @@ struct Step {
 };
 
 struct Steps {
-  std::vector<Segment> segments;
+  std::vector<TapBlock> blocks;
   std::vector<Step> steps;
   bool start_all, finish_all;  // every target by some step
 };
@@ -79,7 +79,7 @@ struct Call {
   Activation activation;
   bool direct;                 // sums are built up in the target itself
   bool clears, finishes_last;  // what no step does
-  const Segment* segments;
+  const TapBlock* blocks;
   const Step* steps;
   int64_t step_count, depth;            // the greatest of the steps
   int64_t block_pixels, block_columns;  // of a part, at a time
@@ -92,37 +92,24 @@ struct TargetClass {
   int64_t row_period, column_period;  // targets of the tensor from one to the next
   int64_t P, Q;
   int64_t step_h, step_w;
-  std::vector<LiveTap> taps;
-  // Live taps of each row and of each column; empty where all targets are alike.
-  std::vector<int64_t> row_taps, column_taps;
+  AxisClass rows, columns;    // which taps are live where
+  std::vector<LiveTap> taps;  // every live pair of theirs
 };
-
-inline std::vector<int64_t> live_counts(const Axis& axis, const AxisClass& cls, int64_t positions) {
-  std::vector<int64_t> counts(positions, 0);
-  for (const Tap& tap : cls.taps) {
-    const LiveRange range = live_range(axis, tap, positions);
-    for (int64_t i = range.begin; i < range.end; ++i) ++counts[i];
-  }
-  return counts;
-}
 
 inline std::vector<TargetClass> target_classes(const Axes& axes) {
   std::vector<TargetClass> found;
   for (size_t row = 0; row < axes.rows.classes.size(); ++row) {
     for (size_t column = 0; column < axes.columns.classes.size(); ++column) {
-      const AxisClass& rows = axes.rows.classes[row];
-      const AxisClass& columns = axes.columns.classes[column];
       TargetClass cls{};
+      cls.rows = axes.rows.classes[row], cls.columns = axes.columns.classes[column];
       cls.row = static_cast<int64_t>(row), cls.column = static_cast<int64_t>(column);
       cls.row_period = axes.rows.period, cls.column_period = axes.columns.period;
       cls.P = ceil_div(axes.rows.targets - cls.row, cls.row_period);
       cls.Q = ceil_div(axes.columns.targets - cls.column, cls.column_period);
       cls.step_h = axes.rows.step, cls.step_w = axes.columns.step;
-      cls.row_taps = live_counts(axes.rows, rows, cls.P);
-      cls.column_taps = live_counts(axes.columns, columns, cls.Q);
-      for (const Tap& r : rows.taps) {
+      for (const Tap& r : cls.rows.taps) {
         const LiveRange live_rows = live_range(axes.rows, r, cls.P);
-        for (const Tap& s : columns.taps) {
+        for (const Tap& s : cls.columns.taps) {
           const LiveRange live_columns = live_range(axes.columns, s, cls.Q);
           if (live_rows.begin < live_rows.end && live_columns.begin < live_columns.end) {
             cls.taps.push_back({live_rows, live_columns, r.source, s.source, r.weight, s.weight});
@@ -148,7 +135,7 @@ inline TargetClass flattened(const TargetClass& cls, int64_t images) {
   TargetClass flat = cls;
   flat.P = 1, flat.Q = images * cls.P * cls.Q;
   flat.taps.front().rows = {0, 1}, flat.taps.front().columns = {0, flat.Q};
-  flat.row_taps.clear(), flat.column_taps.clear();
+  flat.rows.segments = {{0, 1, 0, 1}}, flat.columns.segments = {{0, flat.Q, 0, 1}};
   return flat;
 }
 
@@ -164,8 +151,8 @@ inline Steps steps_by_tap(const TargetClass& cls, int64_t channels, int64_t max_
   for (int64_t channel = 0; channel < channels; channel += depth) {
     const int64_t deep = std::min(depth, channels - channel);
     for (const LiveTap& tap : cls.taps) {
-      const int64_t index = static_cast<int64_t>(found.segments.size());
-      found.segments.push_back({tap.source_row, tap.source_column, tap.r, tap.s, channel, deep});
+      const int64_t index = static_cast<int64_t>(found.blocks.size());
+      found.blocks.push_back({tap.source_row, tap.source_column, tap.r, tap.s, channel, deep});
       found.steps.push_back({tap.rows, tap.columns, index, index + 1, deep, false, false});
     }
   }
@@ -188,17 +175,6 @@ inline Steps steps_by_tap(const TargetClass& cls, int64_t channels, int64_t max_
   return found;
 }
 
-// [0, end) cut at `cuts`.
-inline std::vector<LiveRange> pieces(std::vector<int64_t> cuts, int64_t end) {
-  cuts.push_back(0), cuts.push_back(end);
-  std::sort(cuts.begin(), cuts.end());
-  std::vector<LiveRange> found;
-  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
-    if (cuts[i] < cuts[i + 1]) found.push_back({cuts[i], cuts[i + 1]});
-  }
-  return found;
-}
-
 // A few taps at a time, with all their channels: for each rectangle of targets in which the same
 // taps are live. Products of few channels get deep enough to be worth their sums' way to memory;
 // the weight is packed once for every rectangle, which few channels make cheap. More taps at a time
@@ -208,32 +184,27 @@ constexpr int64_t kTapsAtATime = 3;
 inline Steps steps_by_rectangle(const TargetClass& cls, int64_t channels, int64_t max_depth) {
   Steps found{};
   found.start_all = found.finish_all = true;
-  std::vector<int64_t> row_cuts, column_cuts;
-  for (const LiveTap& tap : cls.taps) {
-    row_cuts.insert(row_cuts.end(), {tap.rows.begin, tap.rows.end});
-    column_cuts.insert(column_cuts.end(), {tap.columns.begin, tap.columns.end});
-  }
-  const auto covers = [](const LiveRange& a, const LiveRange& b) {
-    return a.begin <= b.begin && b.end <= a.end;
-  };
-  for (const LiveRange& rows : pieces(row_cuts, cls.P)) {
-    for (const LiveRange& columns : pieces(column_cuts, cls.Q)) {
-      std::vector<LiveTap> taps;
-      for (const LiveTap& tap : cls.taps) {
-        if (covers(tap.rows, rows) && covers(tap.columns, columns)) taps.push_back(tap);
-      }
-      const int64_t count = static_cast<int64_t>(taps.size());
-      const int64_t steps =
-          std::max<int64_t>(1, ceil_div(count, std::min(kTapsAtATime, max_depth / channels)));
+  const int64_t at_once = std::min(kTapsAtATime, max_depth / channels);
+  for (const Segment& rows : cls.rows.segments) {
+    for (const Segment& columns : cls.columns.segments) {
+      const int64_t width = columns.last - columns.first;
+      const int64_t taps = (rows.last - rows.first) * width;
+      const int64_t steps = std::max<int64_t>(1, ceil_div(taps, at_once));
       for (int64_t i = 0; i < steps; ++i) {
-        const int64_t first = static_cast<int64_t>(found.segments.size());
-        for (int64_t t = count * i / steps; t < count * (i + 1) / steps; ++t) {
-          const LiveTap& tap = taps[t];
-          found.segments.push_back({tap.source_row, tap.source_column, tap.r, tap.s, 0, channels});
+        const int64_t first = static_cast<int64_t>(found.blocks.size());
+        for (int64_t t = taps * i / steps; t < taps * (i + 1) / steps; ++t) {
+          const Tap& r = cls.rows.taps[rows.first + t / width];
+          const Tap& s = cls.columns.taps[columns.first + t % width];
+          found.blocks.push_back({r.source, s.source, r.weight, s.weight, 0, channels});
         }
-        const int64_t last = static_cast<int64_t>(found.segments.size());
-        found.steps.push_back(
-            {rows, columns, first, last, (last - first) * channels, i == 0, i + 1 == steps});
+        const int64_t last = static_cast<int64_t>(found.blocks.size());
+        found.steps.push_back({{rows.begin, rows.end},
+                               {columns.begin, columns.end},
+                               first,
+                               last,
+                               (last - first) * channels,
+                               i == 0,
+                               i + 1 == steps});
       }
     }
   }
@@ -254,32 +225,43 @@ inline Steps cut_steps(const TargetClass& cls, int64_t channels, int64_t max_dep
 // near the border few are alive.
 class Work {
  public:
-  explicit Work(const TargetClass& cls) : rows_(cls.row_taps), columns_(cls.column_taps) {
-    // In sixteenths of a tap, and one for what is done to a target without taps too.
-    for (int64_t& live : rows_) live = 16 * live + 1;
-    for (int64_t& live : columns_) live = 16 * live + 1, row_total_ += live;
-    for (const int64_t live : rows_) image_total_ += live * row_total_;
+  explicit Work(const TargetClass& cls)
+      : rows_(cls.rows.segments), columns_(cls.columns.segments), width_(cls.Q), height_(cls.P) {
+    for (const Segment& segment : columns_) row_ += (segment.end - segment.begin) * at(segment);
+    for (const Segment& segment : rows_) image_ += (segment.end - segment.begin) * at(segment);
+    image_ *= row_;
   }
 
-  int64_t image() const { return image_total_; }
+  int64_t image() const { return image_; }
 
   // The number of targets, in order, that contain `share` of the work.
   int64_t targets_with(int64_t share) const {
-    const int64_t P = static_cast<int64_t>(rows_.size()), Q = static_cast<int64_t>(columns_.size());
-    const int64_t image = share / image_total_;
-    int64_t rest = share - image * image_total_, row = 0, column = 0;
-    while (row < P && rows_[row] * row_total_ <= rest) rest -= rows_[row++] * row_total_;
-    if (row < P) {
-      while (column < Q && rows_[row] * columns_[column] <= rest) {
-        rest -= rows_[row] * columns_[column++];
-      }
-    }
-    return (image * P + row) * Q + column;
+    int64_t rest = share % image_, live_row = 0, unused = 0;
+    const int64_t row = pass(rows_, row_, &rest, &live_row);
+    const int64_t column = row < height_ ? pass(columns_, live_row, &rest, &unused) : 0;
+    return (share / image_ * height_ + row) * width_ + column;
   }
 
  private:
-  std::vector<int64_t> rows_, columns_;
-  int64_t row_total_ = 0, image_total_ = 0;
+  // In sixteenths of a tap, and one for what is done to a target without taps too.
+  static int64_t at(const Segment& segment) { return 16 * (segment.last - segment.first) + 1; }
+
+  // The positions along an axis, each worth at() times `unit`, that `rest` suffices for, taken off
+  // it; and at() of the next one.
+  static int64_t pass(const std::vector<Segment>& segments, int64_t unit, int64_t* rest,
+                      int64_t* next) {
+    for (const Segment& segment : segments) {
+      const int64_t each = at(segment) * unit;
+      const int64_t count = std::min(segment.end - segment.begin, *rest / each);
+      *rest -= count * each, *next = at(segment);
+      if (segment.begin + count < segment.end) return segment.begin + count;
+    }
+    return segments.back().end;
+  }
+
+  const std::vector<Segment>&rows_, &columns_;
+  int64_t width_, height_;
+  int64_t row_ = 0, image_ = 0;
 };
 
 // Parts of equal work for `threads` threads: by targets as long as each gets a few tiles of rows,
@@ -302,10 +284,8 @@ inline std::vector<Part> cut_parts(const TargetClass& cls, int64_t images, int64
   int64_t begin = 0;
   for (int64_t stripe = 1; stripe <= stripes; ++stripe) {
     const int64_t share = images * work.image() / stripes * stripe;
-    int64_t end = targets * stripe / stripes;
-    if (stripe < stripes && !cls.row_taps.empty()) {
-      end = std::clamp(work.targets_with(share), begin, targets);
-    }
+    const int64_t end =
+        stripe == stripes ? targets : std::clamp(work.targets_with(share), begin, targets);
     for (int64_t slice = 0; slice < slices && begin < end; ++slice) {
       parts.push_back({begin, end, panels * slice / slices * panel_columns,
                        std::min(columns, panels * (slice + 1) / slices * panel_columns)});
