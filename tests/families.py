@@ -151,14 +151,9 @@ def _make_conv(case: ConvCase, dtype, maker=random_tensor, device="cpu", seed=0)
     return (x, weight, maker(case.filter[:1], dtype, seed=seed + 3, device=device)) if case.bias else (x, weight)
 
 
-def _run_depthwise(case: ConvCase, tensors: Tensors, backend: str) -> torch.Tensor:
+def _run_conv(function, case: ConvCase, tensors: Tensors, backend: str) -> torch.Tensor:
     geometry = dict(stride=case.stride, padding=case.padding, dilation=case.dilation)
-    return fastseg.ops.depthwise_conv2d(*tensors, **geometry, activation=case.activation, backend=backend)
-
-
-def _run_dilated(case: ConvCase, tensors: Tensors, backend: str) -> torch.Tensor:
-    geometry = dict(stride=case.stride, padding=case.padding, dilation=case.dilation)
-    return fastseg.ops.conv2d(*tensors, **geometry, activation=case.activation, backend=backend)
+    return function(*tensors, **geometry, activation=case.activation, backend=backend)
 
 
 def _native_conv(case: ConvCase, tensors: Tensors) -> torch.Tensor:
@@ -202,7 +197,7 @@ FAMILIES = [
         name="depthwise_conv2d",
         cases=DEPTHWISE_CASES,
         make=_make_conv,
-        run=_run_depthwise,
+        run=partial(_run_conv, fastseg.ops.depthwise_conv2d),
         native=_native_conv,
         expected=_expected_conv,
         draw=partial(_draw_conv, multiplier=[1, 1, 1, 2, 3]),
@@ -213,7 +208,7 @@ FAMILIES = [
         name="dilated_conv2d",
         cases=DILATED_CASES,
         make=_make_conv,
-        run=_run_dilated,
+        run=partial(_run_conv, fastseg.ops.conv2d),
         native=_native_conv,
         expected=_expected_conv,
         draw=partial(_draw_conv, outputs=[1, 2, 8, 15, 16, 17, 33]),

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from fastseg.ops.activation import activation_backward, needs_preactivation
-from fastseg.ops.geometry import empty_output, output_size
+from fastseg.ops.geometry import empty_gradients, empty_output, output_size
 from fastseg.ops.library import OVERLOADS, define
 
 _FORWARD = "(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, str activation"
@@ -53,10 +51,7 @@ def _fake_forward(input, weight, bias, stride, padding, dilation, activation, sc
 
 
 def _fake_backward(grad_output, input, weight, stride, padding, dilation, output_mask):
-    grad_input = empty_output(input, weight, input.shape[2:], input.shape[1]) if output_mask[0] else None
-    grad_weight = torch.empty_like(weight) if output_mask[1] else None
-    grad_bias = weight.new_empty(weight.shape[0]) if output_mask[2] else None
-    return grad_input, grad_weight, grad_bias
+    return empty_gradients(input, weight, output_mask)
 
 
 def _setup_forward(ctx, inputs, output):

@@ -57,3 +57,12 @@ def empty_output(input: torch.Tensor, weight: torch.Tensor, size, channels: int 
         device=input.device,
         memory_format=conv_memory_format(input, weight),
     )
+
+
+def empty_gradients(input: torch.Tensor, weight: torch.Tensor, output_mask) -> tuple[torch.Tensor | None, ...]:
+    """Uninitialised gradients of input, weight and bias; None for those that `output_mask` leaves out."""
+    return (
+        empty_output(input, weight, input.shape[2:], input.shape[1]) if output_mask[0] else None,
+        torch.empty_like(weight) if output_mask[1] else None,
+        weight.new_empty(weight.shape[0]) if output_mask[2] else None,
+    )

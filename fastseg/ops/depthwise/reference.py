@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from fastseg.ops.activation import apply_activation
-from fastseg.ops.geometry import empty_output, output_size, tap_slices
+from fastseg.ops.geometry import empty_gradients, empty_output, output_size, tap_slices
 
 
 def forward(input, weight, bias, stride, padding, dilation, activation):
@@ -36,12 +36,7 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
     for (r, s), outputs, inputs in tap_slices(input, weight, grad_output.shape[2:], stride, padding, dilation):
         grad_x[inputs] += w[:, :, r, s].unsqueeze(-1) * gy[outputs]
         grad_w[:, 0, r, s] = (x[inputs] * gy[outputs]).sum((0, 2, 3))
-    grad_input = grad_weight = grad_bias = None
-    if output_mask[0]:
-        grad_x = grad_x.unflatten(1, (channels, multiplier)).sum(2)
-        grad_input = empty_output(input, weight, input.shape[2:], channels).copy_(grad_x)
-    if output_mask[1]:
-        grad_weight = torch.empty_like(weight).copy_(grad_w)
-    if output_mask[2]:
-        grad_bias = gy.sum((0, 2, 3)).to(weight.dtype)
-    return grad_input, grad_weight, grad_bias
+    grad_x = grad_x.unflatten(1, (channels, multiplier)).sum(2)
+    exact = (grad_x, grad_w, gy.sum((0, 2, 3)))
+    grads = empty_gradients(input, weight, output_mask)
+    return tuple(None if grad is None else grad.copy_(value) for grad, value in zip(grads, exact, strict=True))

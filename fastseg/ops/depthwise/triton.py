@@ -49,7 +49,7 @@ from fastseg.ops.depthwise.triton_plan import (
     plan_grad_input,
     plan_grad_weight,
 )
-from fastseg.ops.geometry import conv_memory_format, empty_output
+from fastseg.ops.geometry import conv_memory_format, empty_gradients, empty_output
 from fastseg.ops.triton_common import (
     ConvShape,
     activate,
@@ -368,18 +368,9 @@ def forced_config(config: Config):
 
 
 def forward(input, weight, bias, stride, padding, dilation, activation):
-    """Depthwise convolution; see fastseg.ops.depthwise_conv2d.
+    """Depthwise convolution; see fastseg.ops.depthwise_conv2d, whose arguments are in normal form here.
 
-    Args:
-        input: [N, C, H, W], any strides; float16, bfloat16 or float32.
-        weight: [C * m, 1, R, S], the same dtype and device.
-        bias: [C * m] or None.
-        stride, dilation: (height, width).
-        padding: (top, bottom, left, right).
-        activation: "none", "relu", "relu6", "hardswish" or "silu".
-
-    Returns:
-        [N, C * m, P, Q] in the memory format torch.nn.functional.conv2d would give it.
+    stride and dilation are (height, width), padding is (top, bottom, left, right), float64 is not taken.
     """
     shape = _depthwise_shape(input, weight, stride, padding, dilation)
     if bias is not None:
@@ -420,9 +411,7 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
     shape = _depthwise_shape(input, weight, stride, padding, dilation)
     check_like("grad_output", grad_output, (shape.N, shape.K, shape.P, shape.Q), input)
     with on_device(input):
-        grad_input = empty_output(input, weight, input.shape[2:], shape.C) if output_mask[0] else None
-        grad_weight = torch.empty_like(weight) if output_mask[1] else None
-        grad_bias = weight.new_empty(shape.K) if output_mask[2] else None
+        grad_input, grad_weight, grad_bias = empty_gradients(input, weight, output_mask)
         if grad_output.numel() == 0:
             return tuple(None if g is None else g.zero_() for g in (grad_input, grad_weight, grad_bias))
         memory_format = conv_memory_format(input, weight)

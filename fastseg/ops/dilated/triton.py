@@ -55,7 +55,7 @@ from fastseg.ops.dilated.triton_plan import (
     plan_grad_weight,
     plan_product,
 )
-from fastseg.ops.geometry import empty_output
+from fastseg.ops.geometry import empty_gradients, empty_output
 from fastseg.ops.triton_common import (
     ConvShape,
     activate,
@@ -371,9 +371,7 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
     shape = _dense_shape(input, weight, stride, padding, dilation)
     check_like("grad_output", grad_output, (shape.N, shape.K, shape.P, shape.Q), input)
     with on_device(input):
-        grad_input = empty_output(input, weight, input.shape[2:], shape.C) if output_mask[0] else None
-        grad_weight = torch.empty_like(weight) if output_mask[1] else None
-        grad_bias = weight.new_empty(shape.K) if output_mask[2] else None
+        grad_input, grad_weight, grad_bias = empty_gradients(input, weight, output_mask)
         if grad_output.numel() == 0:
             return tuple(None if g is None else g.zero_() for g in (grad_input, grad_weight, grad_bias))
         if grad_bias is not None:
