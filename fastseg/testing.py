@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastseg.ops.activation import apply_activation
+from fastseg.ops.activation import activation_backward, apply_activation, needs_preactivation
+from fastseg.ops.aspp import reference as aspp_reference
 from fastseg.ops.depthwise import reference as depthwise_reference
 from fastseg.ops.dilated import reference as dilated_reference
+from fastseg.ops.geometry import POINTWISE
 
 UNIT_ROUNDOFF = {
     torch.float16: 2.0**-11,
@@ -32,6 +34,8 @@ SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2
 FACTOR = 2.0
 # The largest slope of any activation (hardswish): how much it can enlarge the error of what it is given.
 STEEPEST_ACTIVATION = 1.5
+# The largest change of any activation's slope from one place to another, over their distance (silu).
+MOST_CURVED_ACTIVATION = 0.5
 # What rounding both factors of a product to TF32 adds to its relative error.
 TF32_PRODUCT = 2 * 2.0**-11
 
@@ -113,18 +117,22 @@ def expected_conv(
     *,
     roundoff: float | None = None,
     tf32: bool = False,
+    depthwise: bool | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ConvExpected:
     """Values and bounds in float64 of a dense convolution or, with a weight [C * m, 1, R, S], of a depthwise one.
 
     `padding` is (top, bottom, left, right); `grad_output` is the gradient before the activation, and without it there
-    are no gradients; `roundoff` and `tf32` are those of `expected`.
+    are no gradients; `roundoff` and `tf32` are those of `expected`. `depthwise` says what the weight's shape leaves
+    open; `dtype` is that of the tensors where they stand in for others.
     """
-    reference = depthwise_reference if weight.shape[1] == 1 else dilated_reference
+    dtype = dtype or input.dtype
+    reference = depthwise_reference if (weight.shape[1] == 1 if depthwise is None else depthwise) else dilated_reference
     geometry = (stride, padding, dilation)
     products = weight[0].numel()
 
     def bounded(value, absolute, terms):
-        return expected(value, absolute, terms, input.dtype, roundoff, tf32)
+        return expected(value, absolute, terms, dtype, roundoff, tf32)
 
     def double(t):
         return None if t is None else t.detach().double()
@@ -150,6 +158,84 @@ def expected_conv(
     reached = weight.numel() // input.shape[1]  # output channels and taps that an input reaches
     terms = (reached, pixels, pixels)
     return ConvExpected(output, *(bounded(g, s, t) for g, s, t in zip(grads, sizes, terms, strict=True)))
+
+
+def expected_separable(
+    input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, stride, padding, dilation,
+    depthwise_activation="none", activation="none", grad_output=None, *, roundoff=None, tf32=False,
+) -> tuple[Expected, ...]:  # fmt: skip
+    """Output and gradients (in the order of the tensors) of a depthwise-separable convolution, as `expected_conv`.
+
+    The bound of the depthwise half, rounded to the dtype, goes through the pointwise half, and back.
+    """
+    geometry, options = (stride, padding, dilation), dict(roundoff=roundoff, dtype=input.dtype)
+    depthwise = (input, depthwise_weight, depthwise_bias, *geometry)
+    z = expected_conv(*depthwise, depthwise_activation, depthwise=True, **options).output
+    pointwise = expected_conv(
+        z.value, pointwise_weight, pointwise_bias, *POINTWISE, activation, grad_output,
+        depthwise=False, tf32=tf32, **options,
+    )  # fmt: skip
+    size = pointwise_weight.detach().double().abs()
+    carried = STEEPEST_ACTIVATION * dilated_reference.forward(z.bound, size, None, *POINTWISE, "none")
+    output = _widened(pointwise.output, carried)
+    if grad_output is None:
+        return (output,)
+
+    mask = (True, True, True)
+    carried = dilated_reference.backward(grad_output.double().abs(), z.bound, size, *POINTWISE, mask)
+    grad_pointwise = _widened(pointwise.grad_weight, carried[1])
+    t = expected_conv(*depthwise, depthwise=True, **options).output
+    before = t if needs_preactivation(depthwise_activation) else z
+    grad_z = pointwise.grad_input
+    value = activation_backward(grad_z.value, before.value, depthwise_activation)
+    bound = grad_z.bound
+    if depthwise_activation != "none":
+        # A few roundings of the activation's own, and its slope at a place that is off by t's bound.
+        unit = UNIT_ROUNDOFF[input.dtype] if roundoff is None else roundoff
+        bound = STEEPEST_ACTIVATION * bound + 4 * unit * grad_z.value.abs()
+        if needs_preactivation(depthwise_activation):
+            bound = bound + MOST_CURVED_ACTIVATION * t.bound * grad_z.value.abs()
+    grads = expected_conv(*depthwise, grad_output=value, depthwise=True, **options)[1:]
+    sizes = (bound, input.detach().double().abs(), depthwise_weight.detach().double().abs())
+    carried = depthwise_reference.backward(*sizes, *geometry, mask)
+    grad_input, grad_depthwise, grad_bias = (_widened(g, c) for g, c in zip(grads, carried, strict=True))
+    return output, grad_input, grad_depthwise, grad_pointwise, grad_bias, pointwise.grad_bias
+
+
+def _widened(wanted: Expected, bound: torch.Tensor) -> Expected:
+    return Expected(wanted.value, wanted.bound + bound)
+
+
+def expected_branches(
+    input, weights, bias, dilations, activation="none", reduction="concat", grad_output=None, *, roundoff=None,
+    tf32=False,
+) -> tuple[Expected, ...]:  # fmt: skip
+    """Output and gradients (of input, of each weight, of the joined bias) of parallel dense convolutions."""
+
+    def bounded(value, absolute, terms):
+        return expected(value, absolute, terms, input.dtype, roundoff, tf32)
+
+    x, w = input.detach().double(), [weight.detach().double() for weight in weights]
+    b = None if bias is None else bias.detach().double()
+    sizes = (x.abs(), [weight.abs() for weight in w], None if b is None else b.abs())
+    rest = (dilations, "none", reduction, False, None)
+    z, a = aspp_reference.forward(x, w, b, *rest)[0], aspp_reference.forward(*sizes, *rest)[0]
+    products = [weight[0].numel() for weight in weights]
+    terms = (max(products) if reduction == "concat" else sum(products)) + 1
+    if activation == "none":
+        output = bounded(z, a, terms)
+    else:
+        value = apply_activation(z, activation)
+        output = bounded(value, STEEPEST_ACTIVATION * a + 4 * value.abs(), terms)
+    if grad_output is None:
+        return (output,)
+    gy, last = grad_output.detach().double(), (dilations, reduction, True, True)
+    grad_x, grad_w = aspp_reference.backward(gy, x, w, *last)
+    size_x, size_w = aspp_reference.backward(gy.abs(), *sizes[:2], *last)
+    pixels = gy.shape[0] * gy.shape[2] * gy.shape[3]
+    grads = [bounded(grad_x, size_x, sum(weight.numel() // weight.shape[1] for weight in weights))]
+    grads += [bounded(g, s, pixels) for g, s in zip(grad_w, size_w, strict=True)]
+    return output, *grads, bounded(gy.sum((0, 2, 3)), gy.abs().sum((0, 2, 3)), pixels)
 
 
 def random_tensor(shape, dtype, *, seed=0, device="cpu", memory_format=torch.contiguous_format) -> torch.Tensor:

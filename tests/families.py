@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 
 import fastseg
-from fastseg.testing import Expected, expected_conv, integer_tensor, random_tensor
+from fastseg.ops.geometry import same_padding
+from fastseg.testing import (
+    UNIT_ROUNDOFF,
+    Expected,
+    expected_branches,
+    expected_conv,
+    expected_separable,
+    integer_tensor,
+    random_tensor,
+)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -145,6 +154,91 @@ DILATED_CASES = {
 }
 
 
+@dataclass(frozen=True)
+class SeparableCase(ConvCase):
+    """A depthwise convolution and a pointwise one with `features` output channels."""
+
+    features: int = 8
+    depthwise_activation: str = "none"
+
+
+# Channels that fill no vector, one, and several tiles of the product; every path of the depthwise half.
+SEPARABLE_CASES = {
+    "3x3": SeparableCase(2, 8, (7, 9), features=16),
+    "3x3-no-bias": SeparableCase(1, 16, (6, 5), bias=False, features=8),
+    "3x3-d2-relu-between": SeparableCase(
+        1, 16, (9, 8), padding=(2, 2), dilation=(2, 2), features=24, depthwise_activation="relu"
+    ),
+    "3x3-d6": SeparableCase(2, 24, (13, 8), padding=(6, 6), dilation=(6, 6), features=40),
+    "3x3-s2": SeparableCase(2, 8, (9, 10), stride=(2, 2), features=16),
+    "3x5-s2x1-d1x2": SeparableCase(1, 5, (8, 9), (3, 5), (2, 1), (0, 3), (1, 2), features=7),
+    "5x5-same": SeparableCase(1, 12, (8, 9), (5, 5), padding="same", features=8),
+    "7x7": SeparableCase(1, 8, (9, 8), (7, 7), padding=(3, 3), features=9),
+    "one-pixel": SeparableCase(2, 8, (1, 1), features=8),
+    "multiplier-2": SeparableCase(2, 4, (6, 7), multiplier=2, features=12),
+    "67-to-19": SeparableCase(1, 67, (4, 5), features=19),
+    "one-channel": SeparableCase(1, 1, (6, 6), features=3),
+    "several-tiles": SeparableCase(1, 136, (12, 13), padding=(4, 4), dilation=(4, 4), features=152),
+    "empty-batch": SeparableCase(0, 8, (5, 5), features=8),
+    "relu6-between": SeparableCase(1, 8, (6, 7), features=8, depthwise_activation="relu6", activation="relu"),
+    "hardswish": SeparableCase(1, 8, (6, 7), features=8, depthwise_activation="silu", activation="hardswish"),
+    "silu": SeparableCase(1, 8, (6, 7), stride=(2, 2), features=8, depthwise_activation="hardswish", activation="silu"),
+}
+
+
+@dataclass(frozen=True)
+class BranchesCase:
+    """Parallel convolutions of one image; `widths` output channels, `kernels` and `dilations` one per branch."""
+
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    widths: tuple[int, ...]
+    kernels: tuple[int, ...]
+    dilations: tuple[int, ...]
+    reduction: str = "concat"
+    activation: str = "none"
+    bias: bool = True
+    depthwise_activation: str = "none"
+
+    @property
+    def branches(self) -> int:
+        return len(self.widths)
+
+
+ASPP_CASES = {
+    "3x3": BranchesCase(2, 8, (7, 9), (8, 8, 8), (1, 3, 3), (1, 2, 4)),
+    "no-bias": BranchesCase(1, 16, (6, 5), (8, 16), (3, 1), (2, 1), bias=False),
+    "v3": BranchesCase(2, 24, (13, 9), (16, 16, 16, 16), (1, 3, 3, 3), (1, 3, 6, 9)),
+    "sum": BranchesCase(1, 16, (9, 8), (21, 21, 21), (3, 3, 3), (2, 4, 6), reduction="sum"),
+    "sum-wide": BranchesCase(2, 8, (6, 7), (24, 24), (3, 1), (3, 1), reduction="sum"),
+    "dilation-over-size": BranchesCase(1, 8, (5, 6), (8, 8), (3, 3), (7, 2)),
+    "uneven-widths": BranchesCase(1, 13, (7, 6), (5, 19, 8), (3, 1, 5), (2, 1, 2)),
+    "one-branch": BranchesCase(1, 8, (5, 5), (8,), (3,), (2,)),
+    "one-pixel": BranchesCase(2, 16, (1, 1), (8, 8), (1, 3), (1, 6)),
+    "several-tiles": BranchesCase(1, 136, (12, 13), (72, 72, 72), (1, 3, 3), (1, 4, 8)),
+    "empty-batch": BranchesCase(0, 8, (5, 5), (8, 8), (1, 3), (1, 2)),
+    "relu": BranchesCase(1, 8, (6, 7), (8, 8), (1, 3), (1, 2), activation="relu"),
+    "hardswish": BranchesCase(1, 8, (6, 7), (8, 8), (1, 3), (1, 2), activation="hardswish"),
+    "sum-silu": BranchesCase(1, 8, (6, 7), (8, 8), (3, 3), (1, 2), reduction="sum", activation="silu"),
+}
+
+# A branch with a kernel of 1 is plain; the plain ones come first.
+SEPARABLE_ASPP_CASES = {
+    "3x3": BranchesCase(2, 8, (7, 9), (8, 8, 8), (1, 3, 3), (1, 2, 4)),
+    "no-bias": BranchesCase(1, 16, (6, 5), (8, 16), (1, 3), (1, 2), bias=False),
+    "v3+": BranchesCase(2, 24, (13, 9), (16, 16, 16, 16), (1, 3, 3, 3), (1, 3, 6, 9), depthwise_activation="relu"),
+    "dilation-over-size": BranchesCase(1, 8, (5, 6), (8, 8), (3, 3), (7, 2)),
+    "uneven-widths": BranchesCase(1, 13, (7, 6), (5, 19, 8), (1, 1, 5), (1, 1, 2)),
+    "one-branch": BranchesCase(1, 8, (5, 5), (8,), (3,), (2,)),
+    "one-pixel": BranchesCase(2, 16, (1, 1), (8, 8), (1, 3), (1, 6)),
+    "several-tiles": BranchesCase(1, 136, (12, 13), (72, 72, 72), (1, 3, 3), (1, 4, 8)),
+    "empty-batch": BranchesCase(0, 8, (5, 5), (8, 8), (1, 3), (1, 2)),
+    "relu": BranchesCase(1, 8, (6, 7), (8, 8), (1, 3), (1, 2), activation="relu"),
+    "silu": BranchesCase(1, 8, (6, 7), (8, 8), (1, 3), (1, 2), activation="silu", depthwise_activation="hardswish"),
+}
+
+
 def _make_conv(case: ConvCase, dtype, maker=random_tensor, device="cpu", seed=0) -> Tensors:
     x = maker((case.batch, case.channels, *case.size), dtype, seed=seed + 1, device=device)
     weight = maker(case.filter, dtype, seed=seed + 2, device=device)
@@ -170,7 +264,7 @@ def _expected_conv(case: ConvCase, tensors: Tensors, grad_output, roundoff, tf32
     return tuple(wanted) if case.bias else tuple(wanted[:3])
 
 
-def _draw_conv(draw, integers, sampled, **channels) -> ConvCase:
+def _draw_conv(draw, integers, sampled, kind=ConvCase, **channels) -> ConvCase:
     """Shapes biased to edges: 0 and 1, sizes around a tile, dilation over the size, even kernels, kernel over image."""
     kernel = (draw(sampled([1, 2, 3, 4, 5, 7])), draw(sampled([1, 2, 3, 3, 5, 6])))
     dilation = (draw(sampled([1, 1, 2, 3, 8])), draw(sampled([1, 1, 2, 5])))
@@ -179,7 +273,7 @@ def _draw_conv(draw, integers, sampled, **channels) -> ConvCase:
     for axis in range(2):
         smallest = max(1, dilation[axis] * (kernel[axis] - 1) + 1 - 2 * padding[axis])
         size.append(smallest + draw(sampled([0, 0, 1, 2, 3, 7, 8, 9])))
-    return ConvCase(
+    return kind(
         batch=draw(sampled([0, 1, 1, 2, 3])),
         channels=draw(sampled([1, 2, 3, 7, 8, 9, 15, 16, 17, 33])),
         size=tuple(size),
@@ -189,6 +283,199 @@ def _draw_conv(draw, integers, sampled, **channels) -> ConvCase:
         dilation=dilation,
         bias=draw(sampled([True, False])),
         **{name: draw(sampled(values)) for name, values in channels.items()},
+    )
+
+
+def _make_separable(case: SeparableCase, dtype, maker=random_tensor, device="cpu", seed=0) -> Tensors:
+    x, depthwise, *bias = _make_conv(case, dtype, maker, device, seed)
+    shape = (case.features, depthwise.shape[0], 1, 1)
+    pointwise = maker(shape, dtype, seed=seed + 4, device=device)
+    if not case.bias:
+        return x, depthwise, pointwise
+    return x, depthwise, pointwise, *bias, maker(shape[:1], dtype, seed=seed + 5, device=device)
+
+
+def _run_separable(case: SeparableCase, tensors: Tensors, backend: str) -> torch.Tensor:
+    return fastseg.ops.separable_conv2d(
+        *tensors,
+        stride=case.stride,
+        padding=case.padding,
+        dilation=case.dilation,
+        depthwise_activation=case.depthwise_activation,
+        activation=case.activation,
+        backend=backend,
+    )
+
+
+def _activated(z: torch.Tensor, activation: str) -> torch.Tensor:
+    return z if activation == "none" else getattr(F, activation)(z)
+
+
+def _native_separable(case: SeparableCase, tensors: Tensors) -> torch.Tensor:
+    x, depthwise, pointwise, *biases = tensors
+    first, second = biases or (None, None)
+    geometry = dict(stride=case.stride, padding=case.padding, dilation=case.dilation, groups=case.channels)
+    z = _activated(F.conv2d(x, depthwise, first, **geometry), case.depthwise_activation)
+    return _activated(F.conv2d(z, pointwise, second), case.activation)
+
+
+def _expected_separable(case: SeparableCase, tensors: Tensors, grad_output, roundoff, tf32=False):
+    biases = tensors[3:] if case.bias else (None, None)
+    wanted = expected_separable(
+        *tensors[:3], *biases, *case.geometry, case.depthwise_activation, case.activation, grad_output,
+        roundoff=roundoff, tf32=tf32,
+    )  # fmt: skip
+    return wanted if case.bias else wanted[:4]
+
+
+def _make_branches(case: BranchesCase, dtype, maker=random_tensor, device="cpu", seed=0) -> Tensors:
+    x = maker((case.batch, case.channels, *case.size), dtype, seed=seed + 1, device=device)
+    weights = [
+        maker((width, case.channels, kernel, kernel), dtype, seed=seed + 2 + i, device=device)
+        for i, (width, kernel) in enumerate(zip(case.widths, case.kernels, strict=True))
+    ]
+    biases = [maker((width,), dtype, seed=seed + 7 + i, device=device) for i, width in enumerate(case.widths)]
+    return (x, *weights, *biases) if case.bias else (x, *weights)
+
+
+def _split(case: BranchesCase, tensors: Tensors):
+    x, rest = tensors[0], tensors[1:]
+    return x, rest[: case.branches], rest[case.branches :] if case.bias else (None,) * case.branches
+
+
+def _run_aspp(case: BranchesCase, tensors: Tensors, backend: str) -> torch.Tensor:
+    x, weights, biases = _split(case, tensors)
+    return fastseg.ops.aspp(
+        x, weights, biases, case.dilations, activation=case.activation, reduction=case.reduction, backend=backend
+    )
+
+
+def _native_aspp(case: BranchesCase, tensors: Tensors) -> torch.Tensor:
+    x, weights, biases = _split(case, tensors)
+    z = [
+        F.conv2d(x, weight, bias, padding=dilation * (kernel // 2), dilation=dilation)
+        for weight, bias, kernel, dilation in zip(weights, biases, case.kernels, case.dilations, strict=True)
+    ]
+    return _activated(torch.cat(z, 1) if case.reduction == "concat" else sum(z), case.activation)
+
+
+def _expected_aspp(case: BranchesCase, tensors: Tensors, grad_output, roundoff, tf32=False):
+    x, weights, biases = _split(case, tensors)
+    bias = None
+    if case.bias:
+        bias = torch.cat([b.detach().double() for b in biases]) if case.reduction == "concat" else sum(biases)
+    wanted = expected_branches(
+        x, weights, bias, case.dilations, case.activation, case.reduction, grad_output, roundoff=roundoff, tf32=tf32
+    )
+    if grad_output is None or not case.bias:
+        return wanted[: 2 + case.branches]
+    grads = _parts(wanted[-1], case.widths) if case.reduction == "concat" else [wanted[-1]] * case.branches
+    return *wanted[:-1], *grads
+
+
+def _parts(wanted: Expected, widths) -> list[Expected]:
+    return [Expected(*pair) for pair in zip(wanted.value.split(widths), wanted.bound.split(widths), strict=True)]
+
+
+def _make_separable_aspp(case: BranchesCase, dtype, maker=random_tensor, device="cpu", seed=0) -> Tensors:
+    """x, the depthwise weights, the pointwise ones, the biases of both."""
+    channels = case.channels
+    own = [kernel for kernel in case.kernels if kernel > 1]
+
+    def tensor(shape, number):
+        return maker(shape, dtype, seed=seed + number, device=device)
+
+    x = tensor((case.batch, channels, *case.size), 1)
+    depthwise = [tensor((channels, 1, kernel, kernel), 2 + i) for i, kernel in enumerate(own)]
+    pointwise = [tensor((width, channels, 1, 1), 6 + i) for i, width in enumerate(case.widths)]
+    if not case.bias:
+        return x, *depthwise, *pointwise
+    first = [tensor((channels,), 10 + i) for i in range(len(own))]
+    return x, *depthwise, *pointwise, *first, *(tensor((width,), 14 + i) for i, width in enumerate(case.widths))
+
+
+def _split_separable(case: BranchesCase, tensors: Tensors):
+    """x, then per branch: depthwise weight or None, pointwise weight, depthwise bias or None, bias or None."""
+    x, rest = tensors[0], list(tensors[1:])
+    own = sum(kernel > 1 for kernel in case.kernels)
+    plain = [None] * (case.branches - own)
+    depthwise, rest = plain + rest[:own], rest[own:]
+    pointwise, rest = rest[: case.branches], rest[case.branches :]
+    if not case.bias:
+        return x, depthwise, pointwise, [None] * case.branches, [None] * case.branches
+    return x, depthwise, pointwise, plain + rest[:own], rest[own:]
+
+
+def _run_separable_aspp(case: BranchesCase, tensors: Tensors, backend: str) -> torch.Tensor:
+    return fastseg.ops.separable_aspp(
+        *_split_separable(case, tensors),
+        case.dilations,
+        depthwise_activation=case.depthwise_activation,
+        activation=case.activation,
+        backend=backend,
+    )
+
+
+def _native_separable_aspp(case: BranchesCase, tensors: Tensors) -> torch.Tensor:
+    x, *branches = _split_separable(case, tensors)
+    found = []
+    for depthwise, pointwise, first, second, dilation in zip(*branches, case.dilations, strict=True):
+        z = x
+        if depthwise is not None:
+            padding = dilation * (depthwise.shape[2] // 2)
+            z = F.conv2d(x, depthwise, first, padding=padding, dilation=dilation, groups=case.channels)
+            z = _activated(z, case.depthwise_activation)
+        found.append(_activated(F.conv2d(z, pointwise, second), case.activation))
+    return torch.cat(found, 1)
+
+
+def _expected_separable_aspp(case: BranchesCase, tensors: Tensors, grad_output, roundoff, tf32=False):
+    x, *branches = _split_separable(case, tensors)
+    outputs, grad_x, grads = [], [], ([], [], [], [])
+    parts = [None] * case.branches if grad_output is None else grad_output.split(case.widths, 1)
+    options = dict(roundoff=roundoff, tf32=tf32)
+    for depthwise, pointwise, first, second, dilation, part in zip(*branches, case.dilations, parts, strict=True):
+        if depthwise is None:
+            wanted = expected_branches(x, [pointwise], second, [1], case.activation, "concat", part, **options)
+            wanted = wanted if part is None else (*wanted[:2], None, wanted[2], None, wanted[3])
+        else:
+            wanted = expected_separable(
+                x, depthwise, pointwise, first, second, *same_padding(depthwise, dilation),
+                case.depthwise_activation, case.activation, part, **options,
+            )  # fmt: skip
+        outputs.append(wanted[0])
+        if part is not None:
+            grad_x.append(wanted[1])
+            for found, one in zip(grads, wanted[2:], strict=True):
+                found.append(one)
+    output = Expected(*(torch.cat(parts, 1) for parts in zip(*outputs, strict=True)))
+    if grad_output is None:
+        return (output,)
+    # One addition, and in 16 bits one rounding, for every branch's share of the sum over branches.
+    grad_input = Expected(sum(g.value for g in grad_x), sum(g.bound for g in grad_x))
+    unit = UNIT_ROUNDOFF[x.dtype] if roundoff is None else roundoff
+    grad_input = Expected(
+        grad_input.value, grad_input.bound + case.branches * unit * sum(g.value.abs() for g in grad_x)
+    )
+    found = [one for kind in grads for one in kind if one is not None]
+    without_biases = len(tensors) if not case.bias else None
+    return output, grad_input, *(found if case.bias else found[: without_biases - 1])
+
+
+def _draw_branches(draw, integers, sampled, *, separable: bool) -> BranchesCase:
+    branches = draw(integers(1, 3))
+    reduction = "concat" if separable else draw(sampled(["concat", "concat", "sum"]))
+    widths = tuple(draw(sampled([1, 2, 8, 15, 16, 17, 33])) for _ in range(branches))
+    kernels = tuple(draw(sampled([1, 3, 3, 5])) for _ in range(branches))
+    return BranchesCase(
+        batch=draw(sampled([0, 1, 1, 2, 3])),
+        channels=draw(sampled([1, 2, 3, 7, 8, 9, 16, 17, 33])),
+        size=(draw(sampled([1, 2, 5, 8, 9])), draw(sampled([1, 3, 7, 8]))),
+        widths=widths if reduction == "concat" else widths[:1] * branches,
+        kernels=tuple(sorted(kernels, key=lambda kernel: kernel > 1)) if separable else kernels,
+        dilations=tuple(draw(sampled([1, 2, 3, 8])) for _ in range(branches)),
+        reduction=reduction,
+        bias=draw(sampled([True, False])),
     )
 
 
@@ -214,6 +501,42 @@ FAMILIES = [
         draw=partial(_draw_conv, outputs=[1, 2, 8, 15, 16, 17, 33]),
         key_cases=("3x3", "3x3-d6", "3x3-s2-d2", "3x5-s2x1-d1x2", "thin"),
         strided_cases=("3x3", "3x3-s2", "one-pixel", "67-to-19"),
+        takes_tf32=True,
+    ),
+    Family(
+        name="separable_conv2d",
+        cases=SEPARABLE_CASES,
+        make=_make_separable,
+        run=_run_separable,
+        native=_native_separable,
+        expected=_expected_separable,
+        draw=partial(_draw_conv, kind=SeparableCase, multiplier=[1, 1, 2], features=[1, 2, 8, 15, 16, 17, 33]),
+        key_cases=("3x3", "3x3-d6", "3x5-s2x1-d1x2", "multiplier-2"),
+        strided_cases=("3x3", "3x3-s2", "one-pixel", "67-to-19"),
+        takes_tf32=True,
+    ),
+    Family(
+        name="aspp",
+        cases=ASPP_CASES,
+        make=_make_branches,
+        run=_run_aspp,
+        native=_native_aspp,
+        expected=_expected_aspp,
+        draw=partial(_draw_branches, separable=False),
+        key_cases=("3x3", "v3", "sum", "uneven-widths"),
+        strided_cases=("3x3", "sum", "one-pixel", "uneven-widths"),
+        takes_tf32=True,
+    ),
+    Family(
+        name="separable_aspp",
+        cases=SEPARABLE_ASPP_CASES,
+        make=_make_separable_aspp,
+        run=_run_separable_aspp,
+        native=_native_separable_aspp,
+        expected=_expected_separable_aspp,
+        draw=partial(_draw_branches, separable=True),
+        key_cases=("3x3", "dilation-over-size", "uneven-widths"),
+        strided_cases=("3x3", "uneven-widths", "one-pixel"),
         takes_tf32=True,
     ),
 ]

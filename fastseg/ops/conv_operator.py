@@ -24,7 +24,8 @@ def define_convolution(
     """Define `fastseg::<operator>` and `fastseg::<operator>_backward` with the Python kernels given, by backend.
 
     With `scaled` the operator takes one more argument: scale [K], in the accumulator's dtype, multiplied to the sum
-    before the bias is added. It is for norms in eval mode, and has no gradient.
+    before the bias is added. It is for norms in eval mode, and has no gradient. The bias may then be one of each image,
+    [N, K], and in the accumulator's dtype.
     """
     define(
         operator,
@@ -59,6 +60,7 @@ def _setup_forward(ctx, inputs, output):
     if scale and scale[0] is not None:
         raise NotImplementedError("fastseg: a convolution with scale has no gradient: call it without gradients")
     ctx.others = (None,) * (len(inputs) - 3)
+    ctx.bias_of_images = None if bias is None or bias.dim() == 1 else bias.dtype
     value = None
     if needs_preactivation(ctx.activation):
         value = bias  # the pre-activation is computed again in backward
@@ -74,8 +76,11 @@ def _backward_of_forward(operator: str, backend: str):
         if needs_preactivation(ctx.activation):
             value = OVERLOADS[operator][backend](input, weight, value, *geometry, "none")
         grad_output = activation_backward(grad_output, value, ctx.activation)
-        mask = list(ctx.needs_input_grad[:3])
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        mask = [needs_input, needs_weight, needs_bias and ctx.bias_of_images is None]
         grads = OVERLOADS[f"{operator}_backward"][backend](grad_output, input, weight, *geometry, mask)
+        if needs_bias and ctx.bias_of_images is not None:
+            grads = *grads[:2], grad_output.sum((2, 3), dtype=ctx.bias_of_images)
         return *grads, *ctx.others
 
     return backward

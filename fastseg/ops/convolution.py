@@ -16,18 +16,14 @@ from fastseg.ops.native import native_conv2d
 def run_convolution(operator, input, weight, bias, stride, padding, dilation, groups, activation, backend):
     """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d."""
     check_activation(activation)
-    arguments = choice = refusal = None
+    arguments = choice = refusal = geometry = None
     if isinstance(input, torch.Tensor):
-        device_type, geometry = input.device.type, None
-        if dispatch.depends_on_geometry(operator, device_type) and not torch.compiler.is_compiling():
+        if dispatch.depends_on_geometry(operator, input.device.type) and not torch.compiler.is_compiling():
             arguments = normalise(input, weight, bias, stride, padding, dilation, groups)
             if arguments is None:
                 return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
             geometry = geometry_of(arguments, weight)
-        try:
-            choice = dispatch.choose(dispatch.Problem(operator, device_type, input.dtype, geometry), backend)
-        except dispatch.BackendError as error:
-            refusal = error  # a mistake in the arguments is told first, in PyTorch's words
+        choice, refusal = chosen(operator, input, backend, geometry)
     if choice is not None and choice.backend == "native":
         dispatch.count_native(operator, choice.reason)
         return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
@@ -37,15 +33,34 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
         return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
     if refusal is not None:
         raise refusal
-    forward = OVERLOADS[operator][choice.backend]
-    inputs = (arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation)
-    if _records(input, weight, bias):
-        y = forward(*inputs)
-    else:
-        # The operators' autograd kernels are Python, and would find nothing to do.
-        with torch._C._AutoDispatchBelowAutograd():
-            y = forward(*inputs)
+    y = call_operator(
+        OVERLOADS[operator][choice.backend], (input, weight, bias),
+        arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation,
+    )  # fmt: skip
     return y if arguments.batched else y.squeeze(0)
+
+
+def chosen(operator: str, input: torch.Tensor, backend: str | None, geometry=None):
+    """The backend for `operator` on `input`, and None; or None, and the error to raise if the arguments are right.
+
+    A mistake in the arguments is told first, in PyTorch's words.
+    """
+    try:
+        problem = dispatch.Problem(operator, input.device.type, input.dtype, geometry)
+        return dispatch.choose(problem, backend), None
+    except dispatch.BackendError as error:
+        return None, error
+
+
+def call_operator(overload, tensors, *args):
+    """`overload(*args)`, past its autograd kernel where nobody asks for a gradient of `tensors`, which are among args.
+
+    The operators' autograd kernels are Python, and would find nothing to do.
+    """
+    if _records(tensors):
+        return overload(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*args)
 
 
 def geometry_of(arguments: ConvArguments, weight: torch.Tensor) -> dispatch.Geometry:
@@ -58,10 +73,10 @@ def geometry_of(arguments: ConvArguments, weight: torch.Tensor) -> dispatch.Geom
     )  # fmt: skip
 
 
-def _records(input, weight, bias) -> bool:
-    """Whether autograd, or somebody who traces it, looks at this call."""
+def _records(tensors) -> bool:
+    """Whether autograd, or somebody who traces it, looks at a call with these tensors; some may be None."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
         return True
     if not torch.is_grad_enabled():
         return False
-    return input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

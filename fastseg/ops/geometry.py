@@ -12,6 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch._prims_common import suggest_memory_format
 
+# Stride, padding and dilation of a 1x1 convolution that leaves the image's size alone.
+POINTWISE = ((1, 1), (0, 0, 0, 0), (1, 1))
+
 
 def output_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
     """Height and width of a convolution's output, for (height, width) of image and kernel."""
@@ -19,6 +22,12 @@ def output_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
         (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
         for i in range(2)
     )
+
+
+def same_padding(weight: torch.Tensor, dilation: int) -> tuple[tuple[int, ...], ...]:
+    """Stride, padding and dilation with which an odd kernel at `dilation` leaves the image's size alone."""
+    rows, columns = (dilation * (k // 2) for k in weight.shape[2:])
+    return (1, 1), (rows, rows, columns, columns), (dilation, dilation)
 
 
 def live_outputs(size: int, outputs: int, stride: int, pad: int, offset: int) -> tuple[slice, slice]:

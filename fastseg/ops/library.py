@@ -57,6 +57,8 @@ def _autocast(overload: torch._ops.OpOverload, device_type: str) -> Callable:
     keys = torch._C.DispatchKeySet(key)
 
     def cast(value):
+        if isinstance(value, (list, tuple)):
+            return [cast(item) for item in value]
         eligible = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
         return value.to(torch.get_autocast_dtype(device_type)) if eligible else value
 

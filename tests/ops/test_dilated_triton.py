@@ -18,7 +18,7 @@ SAME_D2 = ([1, 1], [2, 2, 2, 2], [2, 2])
 ROWS_D2 = ([1, 1], [2, 2, 0, 0], [2, 1])  # of a 3x1 filter: three rectangles
 POINTWISE = ([1, 1], [0] * 4, [1, 1])
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
-H200 = Device(132, 227 * 1024)
+H200 = Device(132, 227 * 1024, 9)
 
 
 def config_id(config: Config) -> str:
@@ -172,7 +172,7 @@ def chosen(images, channels, outputs, size, itemsize, precision, device=H200) ->
     shape = conv_shape(x, torch.empty(outputs, channels, 3, 3, device="meta"), [1, 1], [2] * 4, [2, 2])
     group = 8 if channels % 8 == 0 else 1
     layout = triton_plan.Layout(group, group, 8 if outputs % 8 == 0 else 1, False, precision)
-    return triton_plan.plan_product("outputs", shape, (2,) * 4, itemsize, layout, device, None)
+    return triton_plan.plan_product("outputs", shape, (2,) * 4, itemsize, layout, True, device, None)
 
 
 @pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
@@ -194,7 +194,7 @@ def test_one_image_still_fills_the_device():
 
 def test_tiles_fit_the_shared_memory():
     """A consumer's GPU has less than half of what a large one has."""
-    small = Device(82, 100 * 1024)
+    small = Device(82, 100 * 1024, 8)
     arguments = chosen(16, 2048, 256, 33, 2, "ieee", small).arguments
     rows = arguments["BLOCK_M"] + arguments["BLOCK_N"]
     assert arguments["num_stages"] * rows * arguments["BLOCK_D"] * 2 <= small.shared_memory

@@ -2,7 +2,7 @@
 
 y[n, k, p, q] = bias[k] + scale[k] * sum over (c, r, s) of w[k, c, r, s] * x[n, c, p*stride - pad + r*dilation, ...]
 
-Sums run in float64, are rounded once, and taps outside the image are skipped rather than multiplied by zero.
+A bias [N, K] is one of each image. Sums run in float64, are rounded once, and taps outside the image are skipped rather than multiplied by zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def forward(input, weight, bias, stride, padding, dilation, activation, scale=No
     if scale is not None:
         acc *= scale.double().view(-1, 1, 1)
     if bias is not None:
-        acc += bias.double().view(-1, 1, 1)
+        acc += bias.double().view(-1, weight.shape[0], 1, 1)
     y = empty_output(input, weight, size)
     return y.copy_(apply_activation(acc, activation))
 
