@@ -2,6 +2,8 @@
 // or applied with the activation in one pass over the convolution's output. One operator call does
 // everything, because in a deep network of small layers the calls are what takes the time.
 
+#include "csrc/batch_norm/batch_norm_cpu.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -132,6 +134,42 @@ at::Tensor& batch_norm_activation_(at::Tensor& y,  // [N, K, P, Q]
   return y;
 }
 
+// Sums of a few pixels in the accumulation type, added up in double: squares of values far from
+// zero lose nothing that a variance would miss.
+template <class S>
+void add_channel_sums(const at::Tensor& y, double* total) {
+  using A = typename Accumulator<S>::type;
+  auto* sum_pixels = plain::sum_pixels<S, A>;
+#if FASTSEG_SIMD_X86
+  if (capability() == Capability::kAvx512) {
+    sum_pixels = avx512::sum_pixels<S, A>;
+  } else if (capability() == Capability::kAvx2) {
+    sum_pixels = avx2::sum_pixels<S, A>;
+  }
+#endif
+  constexpr int64_t kPixels = 64;
+  const int64_t K = y.size(1), H = y.size(2), W = y.size(3), pixels = y.size(0) * H * W;
+  const int64_t chunks = (pixels + kPixels - 1) / kPixels;
+  const S* data = static_cast<const S*>(y.const_data_ptr());
+  std::vector<A> sums(chunks * 2 * K);
+  at::parallel_for(
+      0, chunks, std::max<int64_t>(1, kGrain / (kPixels * K)), [&](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          const S* at[kPixels];
+          const int64_t first = chunk * kPixels, count = std::min(kPixels, pixels - first);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t pixel = first + i;
+            at[i] = data + pixel / (H * W) * y.stride(0) + pixel / W % H * y.stride(2) +
+                    pixel % W * y.stride(3);
+          }
+          sum_pixels(at, count, K, sums.data() + chunk * 2 * K);
+        }
+      });
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t k = 0; k < 2 * K; ++k) total[k] += sums[chunk * 2 * K + k];
+  }
+}
+
 at::Tensor activate_(at::Tensor y, Activation activation) {
   switch (activation) {
     case Activation::kRelu:
@@ -227,6 +265,17 @@ at::Tensor folded_conv2d(const at::Tensor& input,   // [N, C, H, W]
 }
 
 }  // namespace
+
+at::Tensor channel_sums(const at::Tensor& y) {
+  const at::Tensor total =
+      at::zeros({2, y.size(1)}, y.options().dtype(at::kDouble).memory_format(std::nullopt));
+  if (y.numel() == 0) return total;
+  const at::Tensor z = y.stride(1) == 1 ? y : y.contiguous(at::MemoryFormat::ChannelsLast);
+  with_storage(z.scalar_type(), [&](auto element) {
+    add_channel_sums<decltype(element)>(z, total.mutable_data_ptr<double>());
+  });
+  return total;
+}
 
 TORCH_LIBRARY_IMPL(fastseg, CPU, library) {
   library.impl("folded_conv2d", &folded_conv2d);

@@ -1,4 +1,5 @@
-// y = act(y * scale + shift) in place. Compiled once per instruction set: see csrc/common/simd.h.
+// y = act(y * scale + shift) in place, and the sums that batch statistics are made of. Compiled
+// once per instruction set: see csrc/common/simd.h.
 
 #include "csrc/common/simd.h"
 
@@ -40,6 +41,29 @@ void scale_planes(S* y, int64_t first, int64_t planes, int64_t pixels, int64_t c
     if (i < pixels) {
       const Vector<A> z = load_first(y + i, pixels - i) * a + b;
       store_first(y + i, activate<A>(z, activation), pixels - i);
+    }
+  }
+}
+
+// Sums [channels] and sums of squares [channels] behind them, of `count` pixels with adjacent
+// channels, which begin at pixels[i].
+template <class S, class A>
+void sum_pixels(const S* const* pixels, int64_t count, int64_t channels, A* sums) {
+  constexpr int64_t n = kLanes<A>;
+  for (int64_t c = 0; c < channels; c += n) {
+    const int64_t live = channels - c;
+    Vector<A> sum{}, squares{};
+    for (int64_t i = 0; i < count; ++i) {
+      const Vector<A> value = live >= n ? load(pixels[i] + c) : load_first(pixels[i] + c, live);
+      sum += value;
+      squares += value * value;
+    }
+    if (live >= n) {
+      store(sums + c, sum);
+      store(sums + channels + c, squares);
+    } else {
+      store_first(sums + c, sum, live);
+      store_first(sums + channels + c, squares, live);
     }
   }
 }

@@ -1,6 +1,8 @@
 // Dense convolution on the CPU: checks, allocation, the plan of a call, threads, registration. The
 // kernels are in dilated_cpu_kernels.h.
 
+#include "csrc/dilated/dilated_cpu.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -25,7 +27,9 @@
 namespace fastseg {
 namespace {
 
+using dilated_cpu::Branch;
 using dilated_cpu::Call;
+using dilated_cpu::Epilogue;
 using dilated_cpu::Filter;
 using dilated_cpu::Image;
 using dilated_cpu::Part;
@@ -141,36 +145,30 @@ ConvShape dense_shape(const at::Tensor& input, const at::Tensor& weight, at::Int
   return shape;
 }
 
-// A [K] tensor in the accumulator's type.
-at::Tensor per_channel(const std::optional<at::Tensor>& tensor, const char* name, int64_t K,
-                       at::ScalarType type) {
-  if (!tensor) return {};
-  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == K && tensor->device().is_cpu(),
-              "fastseg: expected ", name, " [", K, "] on the CPU, but got ", tensor->sizes(),
-              " on ", tensor->device());
-  return tensor->to(type).contiguous();
-}
-
 // Whether the pixels of all images follow each other at equal distances.
 bool is_one_row(const Image& image, int64_t N, int64_t H, int64_t W) {
   return (H == 1 || image.h == W * image.w) && (N == 1 || image.n == H * W * image.w);
 }
 
-// One class of the targets, sums over `channels` channels of the sources.
+// One class of the targets, sums over `channels` channels of the sources; with `adds` they start
+// from what the targets hold.
 void run_class(TargetClass cls, int64_t images, int64_t channels, int64_t columns,
-               const Kernels& kernels, Call call) {
+               const Kernels& kernels, Call call, bool adds = false) {
   const int64_t taps = static_cast<int64_t>(cls.taps.size());
   if (taps == 1 && dilated_cpu::is_identity(cls) && is_one_row(call.source, images, cls.P, cls.Q) &&
       is_one_row(call.target, images, cls.P, cls.Q)) {
     cls = dilated_cpu::flattened(cls, images);
     images = 1;
   }
-  const Steps found = dilated_cpu::cut_steps(cls, channels, kernels.max_depth);
+  Steps found = dilated_cpu::cut_steps(cls, channels, kernels.max_depth);
   call.P = cls.P, call.Q = cls.Q;
   call.step_h = cls.step_h, call.step_w = cls.step_w;
   call.target.h *= cls.row_period, call.target.w *= cls.column_period;
-  call.clears = !found.start_all;
-  call.finishes_last = !found.finish_all || !call.direct;
+  if (adds) {
+    for (Step& step : found.steps) step.starts = false;
+  }
+  call.clears = !found.start_all && !adds;
+  call.finishes_last = !call.direct || (!found.finish_all && call.finishes());
   call.blocks = found.blocks.data(), call.steps = found.steps.data();
   call.step_count = static_cast<int64_t>(found.steps.size());
   for (const Step& step : found.steps) call.depth = std::max(call.depth, step.depth);
@@ -198,97 +196,146 @@ void run_class(TargetClass cls, int64_t images, int64_t channels, int64_t column
   });
 }
 
-// Forward by one product with all taps at once: see ShiftCall.
-void run_few_outputs(const ConvShape& shape, const TargetClass& cls, const at::Tensor& input,
-                     const at::Tensor& weight, const Kernels& kernels, const Call& call) {
-  const at::Tensor filters =
-      weight.permute({2, 3, 0, 1}).reshape({shape.R * shape.S * shape.K, shape.C, 1, 1});
-  const at::Tensor z = at::empty({shape.N, filters.size(0), shape.H, shape.W},
-                                 input.options().memory_format(at::MemoryFormat::ChannelsLast));
-  Call product{};
-  product.source = image_of(input), product.target = image_of(z);
-  product.weight = filter_of(filters);
-  product.direct = true;
+// The sum of all branches by one product with all taps of all of them at once: see ShiftCall.
+void run_few_outputs(const std::vector<Branch>& branches, const at::Tensor& x,
+                     const Kernels& kernels, const Call& call) {
+  const ConvShape& shape = branches.front().shape;
+  std::vector<at::Tensor> filters;
+  std::vector<dilated_cpu::LiveTap> taps;
+  int64_t first = 0;  // of a branch's taps among all
+  for (const Branch& branch : branches) {
+    const int64_t S = branch.shape.S, count = branch.shape.R * S;
+    filters.push_back(
+        branch.weight.permute({2, 3, 0, 1}).reshape({count * shape.K, shape.C, 1, 1}));
+    const TargetClass cls = dilated_cpu::target_classes(output_axes(branch.shape)).front();
+    for (dilated_cpu::LiveTap tap : cls.taps) {
+      tap.r = first + tap.r * S + tap.s, tap.s = 0;
+      taps.push_back(tap);
+    }
+    first += count;
+  }
+  const at::Tensor filter = filters.size() == 1 ? filters.front() : at::cat(filters);
+  const at::Tensor z = at::empty({shape.N, filter.size(0), shape.H, shape.W},
+                                 x.options().memory_format(at::MemoryFormat::ChannelsLast));
   ConvShape pointwise = shape;
-  pointwise.K = filters.size(0), pointwise.P = shape.H, pointwise.Q = shape.W;
+  pointwise.K = filter.size(0), pointwise.P = shape.H, pointwise.Q = shape.W;
   pointwise.R = pointwise.S = 1;
   pointwise.stride_h = pointwise.stride_w = 1;
   pointwise.pad_top = pointwise.pad_left = 0;
+  Call product{};
+  product.source = image_of(x), product.target = image_of(z);
+  product.weight = filter_of(filter);
+  product.direct = true;
   run_class(dilated_cpu::target_classes(output_axes(pointwise)).front(), shape.N, shape.C,
             pointwise.K, kernels, product);
 
   ShiftCall shift{};
-  shift.P = shape.P, shift.Q = shape.Q, shift.K = shape.K, shift.S = shape.S;
-  shift.step_h = cls.step_h, shift.step_w = cls.step_w;
+  shift.P = shape.P, shift.Q = shape.Q, shift.K = shape.K, shift.S = 1;
+  shift.step_h = shape.stride_h, shift.step_w = shape.stride_w;
   shift.z = z.const_data_ptr();
   shift.z_n = z.stride(0), shift.z_h = z.stride(2), shift.z_w = z.stride(3);
   shift.target = call.target;
   shift.scale = call.scale, shift.bias = call.bias, shift.activation = call.activation;
-  shift.taps = cls.taps.data(), shift.tap_count = static_cast<int64_t>(cls.taps.size());
-  const int64_t row_bytes = shape.Q * shape.K * input.element_size();
+  shift.taps = taps.data(), shift.tap_count = static_cast<int64_t>(taps.size());
+  const int64_t row_bytes = shape.Q * shape.K * x.element_size();
   at::parallel_for(0, shape.N * shape.P, std::max<int64_t>(1, (1 << 19) / (9 * row_bytes)),
                    [&](int64_t begin, int64_t end) {
                      kernels.run_shift(shift, begin, end, thread_scratch(row_bytes));
                    });
 }
 
-at::Tensor dilated_conv2d_cpu(const at::Tensor& input,                // [N, C, H, W]
-                              const at::Tensor& weight,               // [K, C, R, S]
-                              const std::optional<at::Tensor>& bias,  // [K]
-                              at::IntArrayRef stride, at::IntArrayRef padding,
-                              at::IntArrayRef dilation, std::string_view activation,
-                              const std::optional<at::Tensor>& scale) {  // [K]
-  const ConvShape shape = dense_shape(input, weight, stride, padding, dilation);
-  const Kernels kernels = kernels_for(input.scalar_type());
-  const at::ScalarType wide = accumulation_type(input.scalar_type());
-  const at::Tensor b = per_channel(bias, "bias", shape.K, wide);
-  const at::Tensor a = per_channel(scale, "scale", shape.K, wide);
+// A call that leaves `epilogue` of its sums in y.
+Call call_into(const at::Tensor& y, const Epilogue& epilogue) {
   Call call{};
-  call.activation = parse_activation(activation);
-
-  const at::Tensor output =
-      at::empty({shape.N, shape.K, shape.P, shape.Q},
-                input.options().memory_format(conv_memory_format(input, weight)));
-  if (output.numel() == 0) return output;
-
-  const TargetClass cls = dilated_cpu::target_classes(output_axes(shape)).front();
-  call.target = image_of(output);
-  call.scale = a.defined() ? a.const_data_ptr() : nullptr;
-  call.bias = b.defined() ? b.const_data_ptr() : nullptr;
-  if (input.scalar_type() == wide && dilated_cpu::shift_pays(shape, cls, kernels.panel_columns)) {
-    run_few_outputs(shape, cls, input, weight, kernels, call);
-    return output;
-  }
-  const at::Tensor w = with_adjacent_channels(weight, kernels);
-  // With one tap, inputs are read once, and transposed on the way.
-  const at::Tensor x = shape.R * shape.S == 1 ? input : with_adjacent_channels(input, kernels);
-  call.source = image_of(x), call.weight = filter_of(w);
-  call.direct = call.target.c == 1 && input.scalar_type() == wide;
-  run_class(cls, shape.N, shape.C, shape.K, kernels, call);
-  return output;
+  call.target = image_of(y);
+  call.scale = epilogue.scale.defined() ? epilogue.scale.const_data_ptr() : nullptr;
+  call.bias = epilogue.bias.defined() ? epilogue.bias.const_data_ptr() : nullptr;
+  call.activation = epilogue.activation;
+  call.direct = call.target.c == 1 && y.scalar_type() == accumulation_type(y.scalar_type());
+  return call;
 }
 
-void run_grad_input(const ConvShape& shape, const at::Tensor& gy, const at::Tensor& weight,
-                    const Kernels& kernels, const at::Tensor& grad_input) {
-  for (const TargetClass& cls : dilated_cpu::target_classes(input_axes(shape))) {
-    Call call{};
-    call.source = image_of(gy), call.target = image_of(grad_input);
-    call.weight = filter_of(weight);
+bool shift_pays(const Branch& branch, const at::Tensor& y, const Kernels& kernels) {
+  return y.scalar_type() == accumulation_type(y.scalar_type()) &&
+         dilated_cpu::shift_pays(branch.shape,
+                                 dilated_cpu::target_classes(output_axes(branch.shape)).front(),
+                                 kernels.panel_columns);
+}
+
+}  // namespace
+
+namespace dilated_cpu {
+
+at::Tensor per_channel(const std::optional<at::Tensor>& tensor, const char* name, int64_t K,
+                       at::ScalarType type) {
+  if (!tensor) return {};
+  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == K && tensor->device().is_cpu(),
+              "fastseg: expected ", name, " [", K, "] on the CPU, but got ", tensor->sizes(),
+              " on ", tensor->device());
+  return tensor->to(type).contiguous();
+}
+
+at::Tensor with_adjacent_channels(const at::Tensor& tensor) {
+  return fastseg::with_adjacent_channels(tensor, kernels_for(tensor.scalar_type()));
+}
+
+void forward_into(const Branch& branch, const at::Tensor& x, const Epilogue& epilogue, bool adds,
+                  const at::Tensor& y) {
+  const ConvShape& shape = branch.shape;
+  const Kernels kernels = kernels_for(x.scalar_type());
+  Call call = call_into(y, epilogue);
+  if (!adds && fastseg::shift_pays(branch, y, kernels)) {
+    run_few_outputs({branch}, x, kernels, call);
+    return;
+  }
+  const at::Tensor w = fastseg::with_adjacent_channels(branch.weight, kernels);
+  // With one tap, inputs are read once, and transposed on the way.
+  const at::Tensor source =
+      shape.R * shape.S == 1 ? x : fastseg::with_adjacent_channels(x, kernels);
+  call.source = image_of(source), call.weight = filter_of(w);
+  run_class(target_classes(output_axes(shape)).front(), shape.N, shape.C, shape.K, kernels, call,
+            adds);
+}
+
+void forward_sum_into(const std::vector<Branch>& branches, const at::Tensor& x,
+                      const Epilogue& epilogue, const at::Tensor& y) {
+  const Kernels kernels = kernels_for(x.scalar_type());
+  const bool shifts = std::all_of(branches.begin(), branches.end(), [&](const Branch& branch) {
+    return fastseg::shift_pays(branch, y, kernels);
+  });
+  if (shifts) {
+    run_few_outputs(branches, x, kernels, call_into(y, epilogue));
+    return;
+  }
+  for (size_t i = 0; i < branches.size(); ++i) {
+    forward_into(branches[i], x, i + 1 == branches.size() ? epilogue : Epilogue{}, i > 0, y);
+  }
+}
+
+void grad_input_into(const Branch& branch, const at::Tensor& grad_y, bool adds,
+                     const at::Tensor& grad_x) {
+  const ConvShape& shape = branch.shape;
+  const Kernels kernels = kernels_for(grad_y.scalar_type());
+  const at::Tensor gy = fastseg::with_adjacent_channels(grad_y, kernels);
+  const at::Tensor weight = fastseg::with_adjacent_channels(branch.weight, kernels);
+  for (const TargetClass& cls : target_classes(input_axes(shape))) {
+    Call call = call_into(grad_x, {});
+    call.source = image_of(gy), call.weight = filter_of(weight);
     call.turned = true;
-    call.activation = Activation::kNone;
-    call.direct = call.target.c == 1 && gy.scalar_type() == accumulation_type(gy.scalar_type());
     call.target.data = static_cast<char*>(call.target.data) +
                        (cls.row * call.target.h + cls.column * call.target.w) * gy.element_size();
-    run_class(cls, shape.N, shape.K, shape.C, kernels, call);
+    run_class(cls, shape.N, shape.K, shape.C, kernels, call, adds);
   }
 }
 
-at::Tensor run_grad_weight(const ConvShape& shape, const at::Tensor& gy, const at::Tensor& x,
-                           const Kernels& kernels) {
-  const TargetClass cls = dilated_cpu::target_classes(output_axes(shape)).front();
-  const int64_t splits = dilated_cpu::weight_splits(cls.taps, shape.N, shape.K, shape.C);
+at::Tensor grad_weight(const ConvShape& shape, const at::Tensor& grad_y, const at::Tensor& input) {
+  const Kernels kernels = kernels_for(input.scalar_type());
+  const at::Tensor gy = fastseg::with_adjacent_channels(grad_y, kernels);
+  const at::Tensor x = fastseg::with_adjacent_channels(input, kernels);
+  const TargetClass cls = target_classes(output_axes(shape)).front();
+  const int64_t splits = weight_splits(cls.taps, shape.N, shape.K, shape.C);
   const std::vector<WeightTask> tasks =
-      dilated_cpu::cut_weight_tasks(cls.taps, shape.N, shape.K, shape.C, splits);
+      cut_weight_tasks(cls.taps, shape.N, shape.K, shape.C, splits);
   const int64_t all_taps = shape.R * shape.S;
   const bool dead = static_cast<int64_t>(cls.taps.size()) < all_taps;
   const std::array<int64_t, 5> sizes = {splits, shape.K, shape.R, shape.S, shape.C};
@@ -311,6 +358,45 @@ at::Tensor run_grad_weight(const ConvShape& shape, const at::Tensor& gy, const a
   return sum.permute({0, 3, 1, 2});
 }
 
+}  // namespace dilated_cpu
+
+namespace {
+
+at::Tensor dilated_conv2d_cpu(const at::Tensor& input,                // [N, C, H, W]
+                              const at::Tensor& weight,               // [K, C, R, S]
+                              const std::optional<at::Tensor>& bias,  // [K] or [N, K]
+                              at::IntArrayRef stride, at::IntArrayRef padding,
+                              at::IntArrayRef dilation, std::string_view activation,
+                              const std::optional<at::Tensor>& scale) {  // [K]
+  Branch branch{dense_shape(input, weight, stride, padding, dilation), weight};
+  ConvShape& shape = branch.shape;
+  const at::ScalarType wide = accumulation_type(input.scalar_type());
+  const bool bias_of_images = bias && bias->dim() == 2;
+  TORCH_CHECK(!bias_of_images || bias->size(0) == shape.N,
+              "fastseg: expected bias [K] or [N, K] for ", shape.N, " images, but got ",
+              bias->sizes());
+  Epilogue epilogue;
+  epilogue.scale = dilated_cpu::per_channel(scale, "scale", shape.K, wide);
+  epilogue.activation = parse_activation(activation);
+  const at::Tensor output =
+      at::empty({shape.N, shape.K, shape.P, shape.Q},
+                input.options().memory_format(conv_memory_format(input, weight)));
+  if (output.numel() == 0) return output;
+  if (!bias_of_images) {
+    epilogue.bias = dilated_cpu::per_channel(bias, "bias", shape.K, wide);
+    dilated_cpu::forward_into(branch, input, epilogue, false, output);
+    return output;
+  }
+  const int64_t images = shape.N;
+  shape.N = 1;
+  for (int64_t n = 0; n < images; ++n) {
+    epilogue.bias = dilated_cpu::per_channel((*bias)[n], "bias", shape.K, wide);
+    dilated_cpu::forward_into(branch, input.narrow(0, n, 1), epilogue, false,
+                              output.narrow(0, n, 1));
+  }
+  return output;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dilated_conv2d_backward_cpu(
     const at::Tensor& grad_output,  // [N, K, P, Q]
     const at::Tensor& input,        // [N, C, H, W]
@@ -318,7 +404,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dilated_conv2d_backward_cpu(
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     std::array<bool, 3> output_mask) {
   const ConvShape shape = dense_shape(input, weight, stride, padding, dilation);
-  const Kernels kernels = kernels_for(input.scalar_type());
   auto [grad_input, grad_weight, grad_bias] = empty_gradients(
       shape, grad_output, input, weight, output_mask[0], output_mask[1], output_mask[2]);
   if (output_mask[2]) at::sum_out(grad_bias, grad_output, {0, 2, 3});
@@ -328,13 +413,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dilated_conv2d_backward_cpu(
   }
   if (!output_mask[0] && !output_mask[1]) return {grad_input, grad_weight, grad_bias};
 
-  const at::Tensor gy = with_adjacent_channels(grad_output, kernels);
-  if (output_mask[0]) {
-    run_grad_input(shape, gy, with_adjacent_channels(weight, kernels), kernels, grad_input);
-  }
-  if (output_mask[1]) {
-    grad_weight.copy_(run_grad_weight(shape, gy, with_adjacent_channels(input, kernels), kernels));
-  }
+  const at::Tensor gy = dilated_cpu::with_adjacent_channels(grad_output);
+  if (output_mask[0]) dilated_cpu::grad_input_into({shape, weight}, gy, false, grad_input);
+  if (output_mask[1]) grad_weight.copy_(dilated_cpu::grad_weight(shape, gy, input));
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -374,12 +374,17 @@ void run_weight_task(const dilated_cpu::WeightCall& call, const dilated_cpu::Wei
   const int64_t width = tap.columns.end - tap.columns.begin;
   const int64_t outputs = (task.end - task.begin) * width;
 
+  // No sum of a few outputs is one long chain of additions, whose rounding would show.
+  constexpr int64_t kShortest = 32;
+  const int64_t quarter = (outputs + 3) / 4 < kShortest ? kShortest : (outputs + 3) / 4;
+  const int64_t deepest = quarter < kMaxDepth<T> ? quarter : kMaxDepth<T>;
+
   // A tap with few live rows leaves some of the splits empty.
   for (int64_t k = 0; k < task.k_count && outputs == 0; ++k) {
     clear_row(sums + k * call.sums.k, task.c_count);
   }
-  for (int64_t begin = 0; begin < outputs; begin += kMaxDepth<T>) {
-    const int64_t depth = outputs - begin < kMaxDepth<T> ? outputs - begin : kMaxDepth<T>;
+  for (int64_t begin = 0; begin < outputs; begin += deepest) {
+    const int64_t depth = outputs - begin < deepest ? outputs - begin : deepest;
     OutputRun runs[kMaxDepth<T>];
     int64_t run_count = 0;
     for (int64_t o = begin; o < begin + depth;) {

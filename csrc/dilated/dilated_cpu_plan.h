@@ -83,6 +83,11 @@ struct Call {
   const Step* steps;
   int64_t step_count, depth;            // the greatest of the steps
   int64_t block_pixels, block_columns;  // of a part, at a time
+
+  // Whether anything is done to a sum once its last product is in.
+  bool finishes() const {
+    return scale != nullptr || bias != nullptr || activation != Activation::kNone;
+  }
 };
 
 // ---- Classes of targets ----
@@ -300,6 +305,8 @@ inline std::vector<Part> cut_parts(const TargetClass& cls, int64_t images, int64
 // With few output channels a panel of the weight is narrow, and most of a step goes into bringing
 // inputs to it. Then every input pixel is multiplied with all taps at once, as a 1x1 convolution to
 // taps * K channels, and each output adds up what its live taps left at the pixels they look at:
+//
+// (The taps of several branches that are added up are as good as those of one filter.)
 //
 //     z[n, h, w, (r, s), k] = sum over c of weight[k, c, r, s] * x[n, c, h, w]
 //     y[n, k, p, q] = sum over live taps (r, s) of z[n, p * stride + .., q * stride + .., (r, s),
