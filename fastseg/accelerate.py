@@ -19,8 +19,10 @@ from fastseg import dispatch
 from fastseg.chains import FoundChain, find_chains
 from fastseg.nn.conv import AcceleratedConv2d
 from fastseg.nn.folding import Chain, Scope, foldable_class, is_scope_hook, original_class
+from fastseg.nn.fused_module import Fusion, fused_class
 from fastseg.nn.sequential import Step, folded_class, is_plain_sequential, steps_of
 from fastseg.ops.conv2d import operator_of
+from fastseg.pyramids import find_pyramids
 
 _ON_FALLBACK = ("silent", "warn", "error")
 _MEMORY_FORMATS = (torch.channels_last, torch.contiguous_format, None)
@@ -35,6 +37,7 @@ class Settings:
         self.memory_format = memory_format
         self.chain: Chain | None = None
         self.steps: list[Step] = []  # of a Sequential
+        self.fusion: Fusion | None = None  # of a module that is recognised as a whole
         self.weight_layout: tuple[torch.Size, tuple[int, ...]] | None = None  # shape and strides, where they changed
 
 
@@ -83,10 +86,15 @@ def accelerate(
     _speak(model, backend, on_fallback)
     chains = find_chains(model)
     restore(model)
+    pyramids = find_pyramids(model)
     for module in list(model.modules()):
         if type(module) is torch.nn.Conv2d:
             _swap_convolution(module, requested(module, backend), memory_format)
     _swap_followers(chains)
+    for module, fusion in pyramids.items():
+        settings = Settings(type(module), None if backend == "auto" else backend, memory_format)
+        settings.fusion = fusion
+        _swap(module, fused_class(type(module)), settings)
     return model
 
 

@@ -226,5 +226,57 @@ inline void pack_panels(const S* b, int64_t column_stride, int64_t depth_stride,
   }
 }
 
+template <class T>
+inline void clear_row(T* sums, int64_t columns) {
+  int64_t k = 0;
+  for (; k + kLanes<T> <= columns; k += kLanes<T>) store(sums + k, Vector<T>{});
+  if (k < columns) store_first(sums + k, Vector<T>{}, columns - k);
+}
+
+template <class T>
+FASTSEG_INLINE Vector<T> finished(Vector<T> sum, const Finish<T>& finish, int64_t k,
+                                  int64_t count) {
+  if (finish.scale != nullptr) sum *= load_columns(finish.scale + k, count);
+  if (finish.bias != nullptr) sum += load_columns(finish.bias + k, count);
+  return activate<T>(sum, finish.activation);
+}
+
+// Sums [count][pitch] of neighbouring pixels -> y.
+template <class S, class T>
+inline void finish_pixels(const T* sums, int64_t pitch, int64_t count, int64_t columns,
+                          const Finish<T>& finish, S* y, int64_t channel_stride,
+                          int64_t pixel_stride) {
+  constexpr int64_t n = kLanes<T>;
+  for (int64_t k = 0; k < columns; k += n) {
+    const int64_t wide = columns - k;
+    for (int64_t begin = 0; begin < count; begin += n) {
+      const int64_t pixels = count - begin < n ? count - begin : n;
+      const T* from = sums + begin * pitch + k;
+      S* to = y + begin * pixel_stride + k * channel_stride;
+      if (channel_stride == 1) {
+        for (int64_t i = 0; i < pixels; ++i, from += pitch, to += pixel_stride) {
+          const Vector<T> value = finished<T>(load_columns(from, wide), finish, k, wide);
+          wide >= n ? store(to, value) : store_first(to, value, wide);
+        }
+      } else {
+        Vector<T> rows[n];
+        for (int64_t i = 0; i < n; ++i) {
+          rows[i] = Vector<T>{};
+          if (i < pixels)
+            rows[i] = finished<T>(load_columns(from + i * pitch, wide), finish, k, wide);
+        }
+        transpose<T>(rows);
+        for (int64_t i = 0; i < n && i < wide; ++i, to += channel_stride) {
+          if (pixel_stride == 1) {
+            pixels == n ? store(to, rows[i]) : store_first(to, rows[i], pixels);
+          } else {
+            for (int64_t j = 0; j < pixels; ++j) narrow(rows[i][j], to + j * pixel_stride);
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace FASTSEG_SIMD
 }  // namespace fastseg

@@ -171,7 +171,8 @@ inline void narrow(float value, Half* out) {
 
 #endif  // FASTSEG_COMMON_SIMD_H_
 
-#ifdef FASTSEG_SIMD
+#if defined(FASTSEG_SIMD) && !defined(FASTSEG_SIMD_INCLUDED)
+#define FASTSEG_SIMD_INCLUDED
 
 namespace fastseg {
 namespace FASTSEG_SIMD {

@@ -3,7 +3,10 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -50,6 +53,21 @@ inline char* thread_scratch(int64_t bytes) {
                 " bytes of scratch memory");
   }
   return memory.get();
+}
+
+// Runs task(i) for every i in [0, tasks) on at most `threads` threads; whoever is free takes the
+// next.
+template <class Task>
+void run_tasks(int64_t tasks, int64_t threads, const Task& task) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < tasks; i = next++) task(i);
+  });
+}
+
+// A thread is not woken for less than a million multiply-adds.
+inline int64_t threads_for(int64_t products) {
+  return std::clamp<int64_t>(products >> 20, 1, at::get_num_threads());
 }
 
 }  // namespace fastseg

@@ -1,6 +1,8 @@
 // Depthwise convolution on the CPU: checks, allocation, the plan of a call, threads, registration.
 // The kernels are in depthwise_cpu_kernels.h.
 
+#include "csrc/depthwise/depthwise_cpu.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -15,17 +17,62 @@
 #include "csrc/common/simd.h"
 #include "csrc/common/torch_conv.h"
 #include "csrc/common/torch_cpu.h"
-#include "csrc/depthwise/depthwise_cpu_plan.h"
 
 #define FASTSEG_KERNELS "csrc/depthwise/depthwise_cpu_kernels.h"
 #include "csrc/common/for_each_simd.h"
 
 namespace fastseg {
+namespace depthwise_cpu {
+
+Image image_of(const at::Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2), tensor.stride(3)};
+}
+
+Filter filter_of(const at::Tensor& tensor) {
+  void* data = const_cast<void*>(tensor.const_data_ptr());
+  if (tensor.dim() == 1) return {data, tensor.stride(0), 0, 0};
+  return {data, tensor.stride(0), tensor.stride(2), tensor.stride(3)};
+}
+
+ConvShape checked_shape(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef stride,
+                        at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const ConvShape shape = conv_shape(input, weight, stride, padding, dilation);
+  TORCH_CHECK(shape.C > 0 && shape.R > 0 && shape.S > 0 && shape.K > 0 && shape.K % shape.C == 0 &&
+                  weight.size(1) == 1,
+              "fastseg: expected weight [C * m, 1, R, S] for input [N, C, H, W], but got weight ",
+              weight.sizes(), " and input ", input.sizes());
+  TORCH_CHECK(input.device().is_cpu(), "fastseg: expected CPU tensors, but got ", input.device());
+  return shape;
+}
+
+Call forward_call(const ConvShape& shape, const at::Tensor& input, const at::Tensor& weight,
+                  const at::Tensor& bias, Activation activation, bool neighbours,
+                  int64_t vector_bytes) {
+  const int64_t item = input.element_size();
+  Call call = plan_forward(shape, item);
+  call.activation = activation;
+  call.source = image_of(input);
+  call.weight = filter_of(weight);
+  if (bias.defined()) call.bias = filter_of(bias);
+  Access access{};
+  // Tiles that do not slide load a source many times: from a packed row, if the caches' sets are
+  // few.
+  const bool slides = !call.runs.empty() || call.dilation_w <= 2;
+  access.source = input.stride(1) == 1 && (slides || !aliased(input.stride(3) * item));
+  access.target = neighbours && call.multiplier == 1;
+  if (item < 4 && !(access.source && access.target)) access = {};  // in place all or none
+  cut_tasks(vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
+  return call;
+}
+
+}  // namespace depthwise_cpu
+
 namespace {
 
 using depthwise_cpu::Call;
-using depthwise_cpu::Filter;
-using depthwise_cpu::Image;
+using depthwise_cpu::filter_of;
+using depthwise_cpu::image_of;
 
 using Kernel = void (*)(const Call&, int64_t, int64_t, char*);
 
@@ -53,28 +100,6 @@ Kernels kernels_for(at::ScalarType type) {
   return with_storage(type, [](auto element) { return kernels_of<decltype(element)>(); });
 }
 
-Image image_of(const at::Tensor& tensor) {  // [N, C, H, W]
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2), tensor.stride(3)};
-}
-
-Filter filter_of(const at::Tensor& tensor) {  // [K, 1, R, S] or [K]
-  void* data = const_cast<void*>(tensor.const_data_ptr());
-  if (tensor.dim() == 1) return {data, tensor.stride(0), 0, 0};
-  return {data, tensor.stride(0), tensor.stride(2), tensor.stride(3)};
-}
-
-ConvShape depthwise_shape(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef stride,
-                          at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const ConvShape shape = conv_shape(input, weight, stride, padding, dilation);
-  TORCH_CHECK(shape.C > 0 && shape.R > 0 && shape.S > 0 && shape.K > 0 && shape.K % shape.C == 0 &&
-                  weight.size(1) == 1,
-              "fastseg: expected weight [C * m, 1, R, S] for input [N, C, H, W], but got weight ",
-              weight.sizes(), " and input ", input.sizes());
-  TORCH_CHECK(input.device().is_cpu(), "fastseg: expected CPU tensors, but got ", input.device());
-  return shape;
-}
-
 // `work` in multiply-adds over all items: a thread is not woken for less than a million of them.
 void run(Kernel kernel, const Call& call, int64_t items, int64_t work, int64_t scratch_bytes) {
   const int64_t grain = std::max<int64_t>(1, (items << 20) / std::max<int64_t>(1, work));
@@ -88,33 +113,21 @@ at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                // [N, C
                                 const std::optional<at::Tensor>& bias,  // [C * m]
                                 at::IntArrayRef stride, at::IntArrayRef padding,
                                 at::IntArrayRef dilation, std::string_view activation) {
-  const ConvShape shape = depthwise_shape(input, weight, stride, padding, dilation);
+  const ConvShape shape = depthwise_cpu::checked_shape(input, weight, stride, padding, dilation);
   const Kernels kernels = kernels_for(input.scalar_type());
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == shape.K &&
                         bias->scalar_type() == input.scalar_type() && bias->device().is_cpu()),
               "fastseg: expected bias [", shape.K, "] of dtype ", input.scalar_type(), ", but got ",
               bias->sizes(), " of dtype ", bias->scalar_type());
-  const int64_t item = input.element_size();
-  Call call = depthwise_cpu::plan_forward(shape, item);
-  call.activation = parse_activation(activation);
-
-  at::Tensor output = at::empty({shape.N, shape.K, shape.P, shape.Q},
-                                input.options().memory_format(conv_memory_format(input, weight)));
+  const Activation chosen = parse_activation(activation);
+  const at::Tensor output =
+      at::empty({shape.N, shape.K, shape.P, shape.Q},
+                input.options().memory_format(conv_memory_format(input, weight)));
   if (output.numel() == 0) return output;
 
-  call.source = image_of(input);
+  Call call = depthwise_cpu::forward_call(shape, input, weight, bias.value_or(at::Tensor()), chosen,
+                                          output.stride(1) == 1, kernels.vector_bytes);
   call.target = image_of(output);
-  call.weight = filter_of(weight);
-  if (bias) call.bias = filter_of(*bias);
-  depthwise_cpu::Access access{};
-  // Tiles that do not slide load a source many times: from a packed row, if the caches' sets are
-  // few.
-  const bool slides = !call.runs.empty() || call.dilation_w <= 2;
-  access.source =
-      input.stride(1) == 1 && (slides || !depthwise_cpu::aliased(input.stride(3) * item));
-  access.target = output.stride(1) == 1 && call.multiplier == 1;
-  if (item < 4 && !(access.source && access.target)) access = {};  // in place all or none
-  depthwise_cpu::cut_tasks(kernels.vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
   run(kernels.forward, call, call.tasks(), output.numel() * (shape.R * shape.S + 4),
       kernels.scratch_bytes(call));
   return output;
@@ -126,7 +139,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
     const at::Tensor& weight,       // [C * m, 1, R, S]
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     std::array<bool, 3> output_mask) {
-  const ConvShape shape = depthwise_shape(input, weight, stride, padding, dilation);
+  const ConvShape shape = depthwise_cpu::checked_shape(input, weight, stride, padding, dilation);
   const Kernels kernels = kernels_for(input.scalar_type());
   auto [grad_input, grad_weight, grad_bias] = empty_gradients(
       shape, grad_output, input, weight, output_mask[0], output_mask[1], output_mask[2]);

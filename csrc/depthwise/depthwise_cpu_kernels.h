@@ -93,7 +93,9 @@ struct Task {
   const Scratch<A>& scratch;
   const Block& block;
   int64_t image, band, begin, end;  // rows [begin, end) of the walk
-  int64_t lanes, taps;              // of the block; of one packed filter, in elements
+  Image target;
+  int64_t target_row = 0, target_channel = 0;  // those that `target` begins with
+  int64_t lanes, taps;                         // of the block; of one packed filter, in elements
   A* partial;
 
   Task(const Call& call_, const Scratch<A>& scratch_, int64_t index)
@@ -104,11 +106,35 @@ struct Task {
         band(index / call.block_count() % call.bands),
         begin(call.walk.rows * band / call.bands),
         end(call.walk.rows * (band + 1) / call.bands),
+        target(call.target),
         lanes((block.channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
         taps(call.R * call.S * lanes),
         partial(call.partial == nullptr
                     ? nullptr
                     : static_cast<A*>(call.partial) + index * call.partial_size()) {
+    forget_rows();
+  }
+
+  // Rows [begin, end) of one image and block, into a tensor that begins with one of them.
+  Task(const Call& call_, const Scratch<A>& scratch_, const Block& block_, int64_t image_,
+       int64_t begin_, int64_t end_, const Image& target_, int64_t target_channel_)
+      : call(call_),
+        scratch(scratch_),
+        block(block_),
+        image(image_),
+        band(0),
+        begin(begin_),
+        end(end_),
+        target(target_),
+        target_row(begin_),
+        target_channel(target_channel_),
+        lanes((block.channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+        taps(call.R * call.S * lanes),
+        partial(nullptr) {
+    forget_rows();
+  }
+
+  void forget_rows() const {
     for (int64_t i = 0; i < call.multiplier * call.slots; ++i) scratch.held[i] = -1;
   }
 
@@ -215,8 +241,9 @@ struct Task {
         RowJob<Source, Target, A> row{};
         row.init = scratch.init + u * lanes;
         add_row_taps(at, rows, u, &row);
-        S* y = plane<S>(call.target, block.begin * m + u) + at * call.target.stride_h;
-        compute<true, false>(row, y, call.target.stride_c * m, call.target.stride_w);
+        S* y = plane<S>(target, block.begin * m + u - target_channel) +
+               (at - target_row) * target.stride_h;
+        compute<true, false>(row, y, target.stride_c * m, target.stride_w);
       }
     }
   }

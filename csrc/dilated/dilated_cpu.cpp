@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -89,21 +88,6 @@ Image image_of(const at::Tensor& tensor) {  // [N, C, H, W]
 Filter filter_of(const at::Tensor& weight) {
   return {const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(2),
           weight.stride(3)};
-}
-
-// Runs task(i) for every i in [0, tasks) on at most `threads` threads; whoever is free takes the
-// next.
-template <class Task>
-void run_tasks(int64_t tasks, int64_t threads, const Task& task) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) task(i);
-  });
-}
-
-// A thread is not woken for less than a million multiply-adds.
-int64_t threads_for(int64_t products) {
-  return std::clamp<int64_t>(products >> 20, 1, at::get_num_threads());
 }
 
 // `tensor` [N, C, H, W], or a weight, with its channels adjacent: a copy, unless it is

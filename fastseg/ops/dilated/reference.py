@@ -2,7 +2,8 @@
 
 y[n, k, p, q] = bias[k] + scale[k] * sum over (c, r, s) of w[k, c, r, s] * x[n, c, p*stride - pad + r*dilation, ...]
 
-A bias [N, K] is one of each image. Sums run in float64, are rounded once, and taps outside the image are skipped rather than multiplied by zero.
+A bias [N, K] is one of each image. Sums run in float64, are rounded once, and taps outside the image are skipped rather
+than multiplied by zero.
 """
 
 from __future__ import annotations
