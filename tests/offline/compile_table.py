@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -154,6 +155,7 @@ class DilatedCase(NamedTuple):
     scale: bool = False  # and bias
     index_64: bool = False
     tile: tuple[int, ...] | None = None  # one of the tables' configurations; None: what the planner chooses
+    target: int = TILES_TARGET  # what the planner takes the device for
 
     def __str__(self) -> str:
         words = [
@@ -185,15 +187,20 @@ class DilatedCase(NamedTuple):
         pad_h, pad_w = (dilation * (k - 1) // 2 for k in self.filter)
         geometry = ((self.stride,) * 2, (pad_h, pad_h, pad_w, pad_w), (dilation,) * 2)
         torch.backends.cudnn.conv.fp32_precision = "tf32" if self.tf32 else "ieee"
-        with caught_launches(operator, self.index_64, self.tile) as launches:
+        limits = operator.device_limits(x.device)._replace(capability=self.target // 10)
+        with (
+            mock.patch.object(operator, "device_limits", return_value=limits),
+            caught_launches(operator, self.index_64, self.tile) as launches,
+        ):
             y = operator.forward(x, weight, bias, *geometry, self.activation, scale)
-            operator.backward(torch.empty_like(y), x, weight, *geometry, (True, True, False))
+            has_grad_weight = not isinstance(self.tile, operator.BoxConfig)  # there are no boxes for it
+            operator.backward(torch.empty_like(y), x, weight, *geometry, (True, has_grad_weight, False))
         return launches
 
 
 def dilated_cases(target: int) -> list[DilatedCase]:
     """Each dtype, wide and narrow channels, and one case for every other code path."""
-    case = DilatedCase
+    case = partial(DilatedCase, target=target)
     cases = [case(dtype=dtype, tf32=tf32) for dtype, tf32 in _DILATED_TYPES]
     cases += [case(dtype=dtype, tf32=tf32, channels=(67, 19)) for dtype, tf32 in _DILATED_TYPES]
     cases += [
@@ -215,6 +222,16 @@ def dilated_cases(target: int) -> list[DilatedCase]:
         cases += [case(channels=(67, 19), tile=tile) for tile in NARROW_CONFIGS]
         cases += [case(dtype="float32", tf32=True, channels=(67, 19), tile=tile) for tile in NARROW_CONFIGS]
         cases += [case(dtype="float32", tile=tile) for tile in IEEE_CONFIGS]
+    if target >= 90:
+        from fastseg.ops.dilated.triton import BOX_CONFIGS
+
+        # One box of each tile: they differ in a few constants of the epilogue.
+        for tile in {(c.BLOCK_M, *c[3:]): c for c in BOX_CONFIGS}.values():
+            cases += [case(tile=tile), case(tile=tile, channels=(2048, 171)), case(tile=tile, index_64=True)]
+            cases += [case(tile=tile, activation="silu", scale=True)]
+            if tile.BLOCK_N <= 128:
+                cases += [case(tile=tile, dtype="float32", tf32=True)]
+                cases += [case(tile=tile, dtype="float32", tf32=True, activation="silu", scale=True, index_64=True)]
     return cases
 
 
@@ -231,7 +248,7 @@ def caught_launches(operator, index_64: bool, tile: tuple[int, ...] | None):
             mock.patch.object(operator, "launch", lambda kernel, _, **arguments: launches.append((kernel, arguments)))
         )
         if tile:
-            stack.enter_context(operator.forced_config(operator.Config(*tile)))
+            stack.enter_context(operator.forced_config(tile))
         yield launches
 
 

@@ -8,27 +8,29 @@ on which the set of live taps is constant, and a tile of the product belongs to 
 padding and dilation d leaves nine, each with taps x taps:
 
             d    columns    d
-        d   2x2    2x3     2x2          a tile: BLOCK_M pixels, flattened over batch x rectangle, x BLOCK_N channels
+        d   2x2    2x3     2x2          a tile: BLOCK_M pixels of all images x BLOCK_N channels
       rows  3x2    3x3     3x2          one step of its sum: BLOCK_D source channels of one live tap
         d   2x2    2x3     2x2          source of pixel (j_h, j_w) at tap (r, s): a constant away from that at (0, 0)
 
-So a tile finds the addresses of its pixels once, and each step adds one number to all of them: no bounds tests and no
-index arithmetic inside the loop. Taps are the inner axis of the sum and channels the outer one, because the taps of a
+So a tile finds its pixels once, and each step moves all of them by the same distance: no bounds tests and no index
+arithmetic inside the loop. Taps are the inner axis of the sum and channels the outer one, because the taps of a
 tile read nearly the same pixels: they come from L2, and DRAM sees x about once. Column blocks of a tile are neighbours
 in the grid for the same reason. All rectangles share one launch, the longest sums first, so that a small image fills
 the device. A rectangle without taps is a sum without steps, and holds act(bias).
 
-Forward and grad_input are one kernel: the planner (live_taps.py) turns the index map around, and the weight tile is
-transposed or not. grad_weight is a product for each tap, over the rectangle of outputs that read the image through it,
-gy^T [K, pixels] x x [pixels, C]. Its pixels are split over programs that leave fp32 partial sums, which a second stage
-adds in a fixed order: no atomics, the same bits every time.
+Forward and grad_input are one product: the planner (live_taps.py) turns the index map around, and the weight tile is
+transposed or not. Two kernels compute it (triton_product.py): one loads by pointers, the other loads boxes of pixels by
+tensor descriptors, where device and tensors allow it and few pixels are in vain. grad_weight is a product for each tap,
+over the rectangle of outputs that read the image through it, gy^T [K, pixels] x x [pixels, C]. Its pixels are split
+over programs that leave fp32 partial sums, which a second stage adds in a fixed order: no atomics, the same bits every
+time.
 
 Every tensor has its channels adjacent (channels_last), and is copied once where it has not, targets too: written
 straight into a contiguous tensor, a tile takes an address for each element, and spills. What limits all three is the
 matrix unit for tiles of 128 x 128, else loads from L2.
 
-Addresses of taps are 64-bit scalars. Offsets of pixels have 32 bits unless IS_INDEX_64, which the host sets from the
-sizes. Tile shapes and tables are triton_plan.py's business.
+Addresses of taps are 64-bit scalars, coordinates of boxes have 32 bits. Offsets of pixels have 32 bits unless
+IS_INDEX_64, which the host sets from the sizes. Tile shapes and tables are triton_plan.py's business.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ import triton
 import triton.language as tl
 
 from fastseg.ops.dilated.triton_plan import (
+    BOX_CONFIGS,
     CONFIGS,
     IEEE_CONFIGS,
     NARROW_CONFIGS,
-    RECTANGLE_FIELDS,
     REDUCE_BLOCK,
     REDUCE_BLOCK_SPLITS,
-    SPAN_FIELDS,
     TAP_FIELDS,
+    BoxConfig,
     Config,
     GradWeightLayout,
     Layout,
@@ -55,10 +57,17 @@ from fastseg.ops.dilated.triton_plan import (
     plan_grad_weight,
     plan_product,
 )
+from fastseg.ops.dilated.triton_product import (
+    can_describe,
+    describe,
+    dilated_product,
+    dilated_product_boxes,
+    find_row,
+)
 from fastseg.ops.geometry import empty_gradients, empty_output
 from fastseg.ops.triton_common import (
+    MAX_INT32,
     ConvShape,
-    activate,
     cdiv,
     check_like,
     coalesced,
@@ -76,143 +85,24 @@ from fastseg.ops.triton_common import (
     widen,
 )
 
-__all__ = ["CONFIGS", "IEEE_CONFIGS", "NARROW_CONFIGS", "Config", "backward", "forced_config", "forward"]
+__all__ = [
+    "BOX_CONFIGS",
+    "CONFIGS",
+    "IEEE_CONFIGS",
+    "NARROW_CONFIGS",
+    "BoxConfig",
+    "Config",
+    "backward",
+    "forced_config",
+    "forward",
+]
 
-# Arguments that change from layer to layer and gain nothing from being known when a kernel is compiled: alignment is
-# told by GROUP_*.
-PRODUCT_SIZES = (
-    *("N", "n_depth", "n_columns", "n_rectangles", "n_steps", "n_blocks", "period_h", "period_w", "step_h", "step_w"),
-    *("s_sn", "s_sh", "s_sw", "s_wk", "s_wr", "s_ws", "s_tn", "s_th", "s_tw"),
-)
+# Arguments that change from layer to layer and gain nothing from being known when a kernel is compiled.
 GRAD_WEIGHT_SIZES = (
     *("N", "K", "C", "n_taps", "n_steps", "n_blocks_k", "n_blocks_c", "stride_h", "stride_w"),
     *("s_gyn", "s_gyp", "s_gyq", "s_xn", "s_xh", "s_xw"),
 )
-_RECTANGLE_FIELDS = tl.constexpr(RECTANGLE_FIELDS)
-_SPAN_FIELDS = tl.constexpr(SPAN_FIELDS)
 _TAP_FIELDS = tl.constexpr(TAP_FIELDS)
-
-
-@triton.jit
-def find_row(p_table, i_flat, n_rows, FIELDS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """The last row that begins (field 0) at or before `i_flat`. Rows ascend; those without entries are passed over."""
-    o_row = tl.arange(0, BLOCK_ROWS)
-    b_first = tl.load(p_table + o_row * FIELDS, mask=o_row < n_rows, other=2147483647)  # [BLOCK_ROWS]
-    return p_table + (tl.sum((b_first <= i_flat).to(tl.int32)) - 1) * FIELDS
-
-
-@triton.jit
-def load_span(p_span):
-    """index, count, number of taps, first source, its jump, first weight, its jump (triton_plan.py)."""
-    i_source = tl.load(p_span + 3).to(tl.int64)
-    i_source_jump = tl.load(p_span + 4).to(tl.int64)
-    i_weight = tl.load(p_span + 5).to(tl.int64)
-    i_weight_jump = tl.load(p_span + 6).to(tl.int64)
-    return (
-        tl.load(p_span), tl.load(p_span + 1), tl.load(p_span + 2), i_source, i_source_jump, i_weight, i_weight_jump
-    )  # fmt: skip
-
-
-def _product_name(specialization) -> str:
-    return "dilated_grad_input" if specialization.constants["IS_GRAD_INPUT"] else "dilated_forward"
-
-
-# fmt: off
-@triton.heuristics({
-    "HAS_SCALE": lambda args: args["p_scale"] is not None,
-    "HAS_BIAS": lambda args: args["p_bias"] is not None,
-})
-@triton.jit(do_not_specialize=PRODUCT_SIZES, repr=_product_name)
-def dilated_product(
-    p_source,  # [N, n_depth, source rows, source columns]: x or gy, channels adjacent
-    p_weight,  # [K, C, R, S], channels adjacent
-    p_scale,  # [n_columns] fp32 or None
-    p_bias,  # [n_columns] or None
-    p_target,  # [N, n_columns, target rows, target columns]: y or gx, channels adjacent
-    p_rectangles,  # [n_rectangles, RECTANGLE_FIELDS]
-    N, n_depth, n_columns, n_rectangles,
-    n_steps,  # of the sum, for each tap
-    n_blocks,  # of columns
-    period_h, period_w,  # from one target of a rectangle to the next
-    step_h, step_w,  # and from its source to the next one's
-    s_sn, s_sh, s_sw,
-    s_wk, s_wr, s_ws,
-    s_tn, s_th, s_tw,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_RECTANGLES: tl.constexpr,
-    GROUP_SOURCE: tl.constexpr, GROUP_WEIGHT: tl.constexpr, GROUP_TARGET: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr,
-):
-    # fmt: on
-    ITEMSIZE: tl.constexpr = p_source.dtype.element_ty.primitive_bitwidth // 8
-    i_block, i_tile = split_index(tl.program_id(0), n_blocks)
-    p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
-    i_tile -= tl.load(p_rectangle)
-    i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 1)
-    i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 1 + _SPAN_FIELDS)
-
-    o_pixel = widen(i_tile, IS_INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_pixels = widen(N, IS_INDEX_64) * n_h * n_w
-    m_pixel = o_pixel < n_pixels
-    # Beyond the last pixel, and the last row of weights, a tile reads that one again: loads need no mask.
-    o_w, o_image = split_index(tl.minimum(o_pixel, n_pixels - 1), n_w)
-    o_h, o_image = split_index(o_image, n_h)
-    o_source = o_image * s_sn + o_h * step_h * s_sh + o_w * step_w * s_sw
-    o_target = o_image * s_tn + (i_th + o_h * period_h) * s_th + (i_tw + o_w * period_w) * s_tw
-    o_column = widen(i_block, IS_INDEX_64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_depth = widen(tl.arange(0, BLOCK_D), IS_INDEX_64)
-    o_source = o_source[:, None] + o_depth[None, :]  # [BLOCK_M, BLOCK_D]
-    if IS_GRAD_INPUT:
-        o_weight = o_depth[:, None] * s_wk + o_column[None, :]  # [BLOCK_D, BLOCK_N]
-        m_weight = (o_column < in_groups(n_columns, GROUP_WEIGHT))[None, :]
-        s_depth = s_wk
-    else:
-        o_weight = tl.minimum(o_column, n_columns - 1)[:, None] * s_wk + o_depth[None, :]  # [BLOCK_N, BLOCK_D]
-        m_weight = True
-        s_depth = 1
-    if not IS_DEPTH_WHOLE:
-        n_source = in_groups(n_depth, GROUP_SOURCE)
-        n_weight = n_depth if IS_GRAD_INPUT else in_groups(n_depth, GROUP_WEIGHT)
-    p_source += i_sh * s_sh + i_sw * s_sw
-    p_weight += i_r * s_wr + i_s * s_ws
-    jump_sh, jump_sw = jump_sh * s_sh, jump_sw * s_sw
-    jump_r, jump_s = jump_r * s_wr, jump_s * s_ws
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    i_depth = 0
-    i_row = 0
-    i_column = 0
-    for _ in tl.range(0, n_r * n_s * n_steps):
-        p_x = p_source + (i_row * jump_sh + i_column * jump_sw + i_depth)
-        p_w = p_weight + (i_row * jump_r + i_column * jump_s + tl.cast(i_depth, tl.int64) * s_depth)
-        m_x = True
-        m_w = m_weight
-        if not IS_DEPTH_WHOLE:
-            m_x = (i_depth + o_depth < n_source)[None, :]
-            m_depth = i_depth + o_depth < n_weight
-            m_w = m_weight & (m_depth[:, None] if IS_GRAD_INPUT else m_depth[None, :])
-        p_x = tl.multiple_of(p_x + o_source, [1, GROUP_SOURCE * ITEMSIZE])
-        p_w = tl.multiple_of(p_w + o_weight, [1, GROUP_WEIGHT * ITEMSIZE])
-        b_x = tl.load(p_x, mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_D]
-        b_w = tl.load(p_w, mask=m_w, other=0.0)  # [BLOCK_D, BLOCK_N] or [BLOCK_N, BLOCK_D]
-        acc = multiply_add(b_x, b_w if IS_GRAD_INPUT else b_w.T, acc, PRECISION)
-
-        i_column += 1
-        is_last_column = i_column == n_s
-        i_row += is_last_column.to(tl.int32)
-        i_column = tl.where(is_last_column, 0, i_column)
-        is_last_row = i_row == n_r
-        i_depth += tl.where(is_last_row, BLOCK_D, 0)
-        i_row = tl.where(is_last_row, 0, i_row)
-
-    m_column = o_column < in_groups(n_columns, GROUP_TARGET)
-    if HAS_SCALE:
-        acc *= tl.load(p_scale + o_column, mask=m_column)[None, :]  # [1, BLOCK_N]
-    if HAS_BIAS:
-        acc += tl.load(p_bias + o_column, mask=m_column).to(tl.float32)[None, :]  # [1, BLOCK_N]
-    o_target = o_target[:, None] + o_column[None, :]
-    m_target = m_pixel[:, None] & m_column[None, :]
-    store_tile(p_target, o_target, activate(acc, ACTIVATION), m_target, GROUP_TARGET)  # [BLOCK_M, BLOCK_N]
 
 
 # fmt: off
@@ -311,12 +201,12 @@ def dilated_grad_weight_reduce(
     tl.store(p_gw + o_gw, b_sum.to(p_gw.dtype.element_ty), mask=m_weight)  # [BLOCK]
 
 
-_forced: Config | None = None
+_forced: Config | BoxConfig | None = None
 
 
 @contextlib.contextmanager
-def forced_config(config: Config):
-    """Run every kernel with `config`, whatever the problem."""
+def forced_config(config: Config | BoxConfig):
+    """Run every kernel with `config`, whatever the problem; with boxes only where a kernel can take them."""
     global _forced
     previous, _forced = _forced, config
     try:
@@ -391,32 +281,50 @@ def _launch_product(
 ) -> None:
     source, weight = coalesced(source, torch.channels_last), coalesced(weight, torch.channels_last)
     result = target if target.stride(1) == 1 or target.shape[1] == 1 else _channels_last_like(target)
+    image = result
+    if _is_pointwise(shape, padding) and _is_one_row(source) and _is_one_row(result):
+        source, image = _as_one_row(source), _as_one_row(result)
+        shape = shape._replace(N=1, H=1, W=image.shape[3], P=1, Q=image.shape[3])
     layout = Layout(
         GROUP_SOURCE=group_size(source.shape[1], source),
         GROUP_WEIGHT=group_size(shape.C, weight),
-        GROUP_TARGET=group_size(result.shape[1], result),
-        IS_INDEX_64=_needs_index_64(source, weight, result),
+        GROUP_TARGET=group_size(image.shape[1], image),
+        IS_INDEX_64=_needs_index_64(source, weight, image),
         PRECISION=_precision(source.dtype),
     )
+    describable = can_describe(source) and can_describe(weight)
     limits = device_limits(source.device)
-    plan = plan_product(targets, shape, tuple(padding), source.element_size(), layout, limits, _forced)
+    plan = plan_product(targets, shape, tuple(padding), source.element_size(), layout, describable, limits, _forced)
+    if plan.has_boxes:
+        kernel, operands = dilated_product_boxes, _descriptors(source, weight, plan.arguments)
+    else:
+        strides_s, strides_w = _outer_strides("s_sn s_sh s_sw", source), _outer_strides("s_wk s_wr s_ws", weight)
+        kernel, operands = dilated_product, {"p_source": source, "p_weight": weight, **strides_s, **strides_w}
     launch(
-        dilated_product,
+        kernel,
         plan.programs,
-        p_source=source,
-        p_weight=weight,
+        **operands,
         p_scale=scale,
         p_bias=bias,
-        p_target=result,
+        p_target=image,
         p_rectangles=plan.table.on(source.device),
-        **_outer_strides("s_sn s_sh s_sw", source),
-        **_outer_strides("s_wk s_wr s_ws", weight),
-        **_outer_strides("s_tn s_th s_tw", result),
+        **_outer_strides("s_tn s_th s_tw", image),
         ACTIVATION=activation,
         **plan.arguments,
     )
     if result is not target:
         target.copy_(result)
+
+
+def _descriptors(source, weight, arguments) -> dict:
+    """The operands of dilated_product_boxes, in boxes of the plan's size."""
+    block_n, block_d = arguments["BLOCK_N"], arguments["BLOCK_D"]
+    pixels = arguments["BOX_N"], arguments["BOX_H"], arguments["BOX_W"]
+    filters = (block_d, block_n) if arguments["IS_GRAD_INPUT"] else (block_n, block_d)
+    return {
+        "d_source": describe(source, "NHWC", [*pixels, block_d]),
+        "d_weight": describe(weight, "HWNC", [1, 1, *filters]),
+    }
 
 
 def _launch_grad_weight(shape: ConvShape, gy, x, grad_weight) -> None:
@@ -462,6 +370,22 @@ def _dense_shape(input, weight, stride, padding, dilation) -> ConvShape:
     if weight.shape[1] != shape.C:
         fail(f"weight [K, {shape.C}, R, S]", f"{list(weight.shape)}")
     return shape
+
+
+def _is_pointwise(shape: ConvShape, padding) -> bool:
+    return (shape.R, shape.S, shape.stride_h, shape.stride_w, *padding) == (1, 1, 1, 1, 0, 0, 0, 0)
+
+
+def _is_one_row(tensor) -> bool:
+    """Whether the pixels of all images are equally spaced in memory, and few enough to be columns of one row."""
+    N, _, H, W = tensor.shape
+    s_n, _, s_h, s_w = tensor.stride()
+    return s_h == W * s_w and s_n == H * s_h and N * H * W <= MAX_INT32
+
+
+def _as_one_row(tensor):
+    """[1, C, 1, N * H * W], a view: where no pixel looks at its neighbours, tiles need not end with an image."""
+    return tensor.permute(0, 2, 3, 1).flatten(0, 2).T[None, :, None]
 
 
 def _precision(dtype: torch.dtype) -> str:

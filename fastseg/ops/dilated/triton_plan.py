@@ -40,6 +40,33 @@ class Config(NamedTuple):
     def shared_memory(self, itemsize: int) -> int:
         return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.depth(itemsize) * itemsize
 
+    def tiles(self, images: int, rows: int, columns: int) -> int:
+        """How many tiles hold the pixels of a rectangle in all images."""
+        return cdiv(images * rows * columns, self.BLOCK_M)
+
+
+class BoxConfig(NamedTuple):
+    """A tile of the product whose pixels are a box: images x rows x columns, as tensor descriptors load them."""
+
+    BOX_N: int
+    BOX_H: int
+    BOX_W: int
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def BLOCK_M(self) -> int:
+        return self.BOX_N * self.BOX_H * self.BOX_W
+
+    results_per_thread = Config.results_per_thread
+    depth = Config.depth
+    shared_memory = Config.shared_memory
+
+    def tiles(self, images: int, rows: int, columns: int) -> int:
+        return cdiv(images, self.BOX_N) * cdiv(rows, self.BOX_H) * cdiv(columns, self.BOX_W)
+
 
 # choose_config takes the cheapest for a problem. Large tiles reuse what they load; small ones leave no multiprocessor
 # idle where there are few pixels; thin ones serve the few channels of a classifier.
@@ -68,6 +95,24 @@ IEEE_CONFIGS = (
     Config(32, 32, 64, 4, 3),
     Config(16, 16, 64, 1, 3),
 )
+# Descriptors take no registers for addresses, so one tile is larger. Flat boxes are for large images, deep ones for
+# batches of small ones, and a row is for 1x1 filters, whose pixels need no shape.
+_BOXES = {
+    128: ((1, 1, 128), (1, 8, 16), (2, 4, 16), (2, 8, 8), (4, 4, 8), (8, 4, 4), (16, 2, 4)),
+    64: ((1, 1, 64), (1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 4), (16, 2, 2)),
+}
+BOX_CONFIGS = tuple(
+    BoxConfig(*box, *rest)
+    for pixels, *rest in (
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 8, 3),
+        (128, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4),
+        (64, 64, 64, 4, 4),
+    )
+    for box in _BOXES[pixels]
+)
+MAX_BOX_BYTES = 256  # of a thread's results in the dtype: TF32 is rounded in registers, which leaves half as many
 # ptxas spills a register or two where that fits one more block on a multiprocessor, with addresses for every element.
 NO_SPILLS = {"maxnreg": 255}
 
@@ -76,6 +121,7 @@ NO_SPILLS = {"maxnreg": 255}
 LOAD_COST = 64  # of one row or column of a tile, for each term of the sum
 STEP_LATENCY = 400_000  # the least a step takes when nothing else runs beside it
 TILE_COST = 2_000_000  # filling the pipeline, finding the rectangle, storing the results
+BOX_GAIN = 8  # one part in so many of a step by pointers goes to an address and a copy for every 16 bytes
 
 # grad_weight: no more programs than a large GPU holds in two rounds, and so little for the second stage to read. The
 # number does not depend on the device, so neither do the splits.
@@ -90,10 +136,11 @@ class Device(NamedTuple):
 
     multiprocessors: int
     shared_memory: int  # bytes that one block may take
+    capability: int  # its major number; 9 and newer have tensor descriptors
 
 
 class Layout(NamedTuple):
-    """The compile-time facts that strides, sizes and settings decide, for dilated_product."""
+    """The compile-time facts that strides, sizes and settings decide, for forward and grad_input."""
 
     GROUP_SOURCE: int  # neighbouring channels that make one aligned access (group_size), for each tensor
     GROUP_WEIGHT: int
@@ -117,6 +164,7 @@ class Plan(NamedTuple):
     programs: int
     table: DeviceTable
     arguments: dict[str, int | bool | str]  # of the kernel, and Triton's own
+    has_boxes: bool = False  # whether the kernel is dilated_product_boxes
 
 
 # Columns of the kernels' tables, as triton.py reads them.
@@ -131,10 +179,10 @@ TAP_FIELDS = 1 + 2 * 3
 def device_limits(device: torch.device) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major)
     if is_interpreted():
-        return Device(1, 1 << 30)
-    return Device(132, 160 * 1024)  # meta tensors stand for a large GPU
+        return Device(1, 1 << 30, 9)
+    return Device(132, 160 * 1024, 9)  # meta tensors stand for a large GPU
 
 
 def is_narrow(itemsize: int, *groups: int) -> bool:
@@ -151,23 +199,38 @@ def configs_for(itemsize: int, precision: str, loads: int, stores: int) -> tuple
     return tuple(c for c in CONFIGS if c.results_per_thread <= MAX_NARROW) if is_narrow(itemsize, stores) else CONFIGS
 
 
-def choose_config(configs: tuple[Config, ...], device: Device, itemsize: int, tiles, columns: int, steps) -> Config:
+def boxes_for(itemsize: int, layout: Layout, device: Device) -> tuple[BoxConfig, ...]:
+    """The boxes that a device loads by descriptors: none before capability 9, and none of channels it cannot align.
+
+    Nor for IEEE fp32: what limits it is arithmetic, and boxes only add to that.
+    """
+    is_ieee = itemsize == 4 and layout.PRECISION == "ieee"
+    if device.capability < 9 or is_ieee or is_narrow(itemsize, layout.GROUP_SOURCE, layout.GROUP_WEIGHT):
+        return ()
+    return tuple(c for c in BOX_CONFIGS if c.results_per_thread * itemsize <= MAX_BOX_BYTES)
+
+
+def choose_config(configs, device: Device, itemsize: int, tiles, columns: int, steps) -> Config | BoxConfig:
     """The cheapest configuration that fits the device; of equals the one with less work, then the smallest.
 
     `tiles(config)` lists how many row blocks there are of each depth, `steps(config)` the steps of each; `columns` is
-    the width of the product. The time is that of all programs shared out, or of the longest one where those are few.
+    the width of the product. The time is that of all programs shared out, with the shortest ones last, or of the
+    longest one where those are few.
     """
 
     def cost(config: Config):
         depth = config.depth(itemsize)
         area = config.BLOCK_M * config.BLOCK_N
         step = max(area, LOAD_COST * (config.BLOCK_M + config.BLOCK_N)) * depth * itemsize // 2
+        if isinstance(config, BoxConfig):
+            step -= step // BOX_GAIN
         alone = max(step, STEP_LATENCY)
         shared = alone if is_interpreted() else step  # the interpreter runs nothing beside a program
         blocks = cdiv(columns, config.BLOCK_N)
         work = sum(n * blocks * (TILE_COST + s * shared) for n, s in zip(tiles(config), steps(config), strict=True))
         longest = TILE_COST + max(steps(config)) * alone
-        return max(work / device.multiprocessors, longest), work, area, depth
+        last = TILE_COST + min(steps(config)) * shared  # half of the device waits while the last round runs
+        return max(work / device.multiprocessors + last / 2, longest), work, area, depth
 
     return min((c for c in configs if c.shared_memory(itemsize) <= device.shared_memory), key=cost)
 
@@ -179,12 +242,15 @@ def plan_product(
     padding: tuple[int, int, int, int],
     itemsize: int,
     layout: Layout,
+    can_describe: bool,
     device: Device,
-    forced: Config | None,
+    forced: Config | BoxConfig | None,
 ) -> Plan:
-    """The launch of dilated_product for `targets` "outputs" (forward) or "inputs" (grad_input).
+    """The launch of dilated_product, or of dilated_product_boxes, for `targets` "outputs" (forward) or "inputs"
+    (grad_input).
 
-    `forced` replaces the choice of tile shape.
+    `can_describe`: whether descriptors can hold the source and the weight. `forced` replaces the choice of tile shape,
+    except boxes where there can be none.
     """
     depth, columns = (shape.C, shape.K) if targets == "outputs" else (shape.K, shape.C)
     found = sorted(
@@ -199,15 +265,20 @@ def plan_product(
         key=lambda rectangle: -rectangle.taps,  # the longest programs start first
     )
 
-    def tiles(c: Config) -> list[int]:
-        return [cdiv(shape.N * r.area, c.BLOCK_M) for r in found]
+    def tiles(c: Config | BoxConfig) -> list[int]:
+        return [c.tiles(shape.N, r.rows.count, r.columns.count) for r in found]
 
-    def steps(c: Config) -> list[int]:
+    def steps(c: Config | BoxConfig) -> list[int]:
         return [r.taps * cdiv(depth, c.depth(itemsize)) for r in found]
 
     loads = min(layout.GROUP_SOURCE, layout.GROUP_WEIGHT)
     configs = configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_TARGET)
-    config = forced or choose_config(configs, device, itemsize, tiles, columns, steps)
+    spacing = _steps_of(found[0])
+    has_neighbours = set(spacing.values()) == {1}  # a box of targets reads boxes of the source
+    boxes = boxes_for(itemsize, layout, device) if can_describe and has_neighbours else ()
+    if isinstance(forced, BoxConfig) and forced not in boxes:
+        forced = None
+    config = forced or choose_config((*configs, *boxes), device, itemsize, tiles, columns, steps)
     rows, first = [], 0
     for rectangle, count in zip(found, tiles(config), strict=True):
         rows.append((first, *_span_fields(rectangle.rows), *_span_fields(rectangle.columns)))
@@ -215,19 +286,21 @@ def plan_product(
     n_blocks = cdiv(columns, config.BLOCK_N)
     arguments = {
         "N": shape.N,
-        "n_depth": depth,
         "n_columns": columns,
         "n_rectangles": len(rows),
         "n_steps": cdiv(depth, config.depth(itemsize)),
         "n_blocks": n_blocks,
-        **_steps_of(found[0]),
         "BLOCK_RECTANGLES": _power_of_two(len(rows)),
-        "IS_DEPTH_WHOLE": depth % config.depth(itemsize) == 0,
         "IS_GRAD_INPUT": targets == "inputs",
-        **layout._asdict(),
         **_tile_arguments(config, itemsize, layout.PRECISION, loads, layout.GROUP_TARGET),
     }
-    return Plan(first * n_blocks, DeviceTable(rows), arguments)
+    has_boxes = isinstance(config, BoxConfig)
+    if has_boxes:
+        arguments |= {name: getattr(layout, name) for name in ("GROUP_TARGET", "IS_INDEX_64", "PRECISION")}
+    else:
+        is_whole = depth % config.depth(itemsize) == 0
+        arguments |= {"n_depth": depth, "IS_DEPTH_WHOLE": is_whole, **spacing, **layout._asdict()}
+    return Plan(first * n_blocks, DeviceTable(rows), arguments, has_boxes)
 
 
 def _span_fields(span: Span) -> tuple[int, ...]:
@@ -250,7 +323,7 @@ def _steps_of(rectangle: Rectangle) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1024)
 def plan_grad_weight(
-    shape: ConvShape, itemsize: int, layout: GradWeightLayout, device: Device, forced: Config | None
+    shape: ConvShape, itemsize: int, layout: GradWeightLayout, device: Device, forced: Config | BoxConfig | None
 ) -> tuple[Plan, int]:
     """The launch of dilated_grad_weight, and its number of splits over all taps.
 
@@ -272,6 +345,8 @@ def plan_grad_weight(
         return min(steps, max(1, *splits(c, 1)))  # no longer than the longest tap
 
     loads = min(layout.GROUP_GY, layout.GROUP_X)
+    if isinstance(forced, BoxConfig):
+        forced = None
     config = forced or choose_config(
         configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_X),
         device,
@@ -321,7 +396,7 @@ def _tap_spans(taps: int, size: int, outputs: int, stride: int, pad: int, dilati
     return spans
 
 
-def _tile_arguments(config: Config, itemsize: int, precision: str, *groups: int) -> dict[str, int]:
+def _tile_arguments(config: Config | BoxConfig, itemsize: int, precision: str, *groups: int) -> dict[str, int]:
     is_ieee = itemsize == 4 and precision == "ieee"
     options = NO_SPILLS if is_ieee or is_narrow(itemsize, *groups) else {}
     return {**config._asdict(), "BLOCK_D": config.depth(itemsize), **options}
