@@ -20,7 +20,7 @@ from fastseg.chains import FoundChain, find_chains
 from fastseg.nn.conv import AcceleratedConv2d
 from fastseg.nn.folding import Chain, Scope, foldable_class, is_scope_hook, original_class
 from fastseg.nn.fused_module import Fusion, fused_class
-from fastseg.nn.sequential import Step, folded_class, is_plain_sequential, steps_of
+from fastseg.nn.sequential import SeparableStep, Step, folded_class, is_plain_sequential, steps_of
 from fastseg.ops.conv2d import operator_of
 from fastseg.pyramids import find_pyramids
 
@@ -36,7 +36,7 @@ class Settings:
         self.backend = backend  # None: the surrounding choice
         self.memory_format = memory_format
         self.chain: Chain | None = None
-        self.steps: list[Step] = []  # of a Sequential
+        self.steps: list[Step | SeparableStep] = []  # of a Sequential
         self.fusion: Fusion | None = None  # of a module that is recognised as a whole
         self.weight_layout: tuple[torch.Size, tuple[int, ...]] | None = None  # shape and strides, where they changed
 
@@ -90,7 +90,7 @@ def accelerate(
     for module in list(model.modules()):
         if type(module) is torch.nn.Conv2d:
             _swap_convolution(module, requested(module, backend), memory_format)
-    _swap_followers(chains)
+    _swap_followers(model, chains)
     for module, fusion in pyramids.items():
         settings = Settings(type(module), None if backend == "auto" else backend, memory_format)
         settings.fusion = fusion
@@ -255,32 +255,40 @@ def _restrided(values, strides) -> torch.Tensor:
     return torch.empty_strided(values.shape, strides, dtype=values.dtype, device=values.device).copy_(values)
 
 
-def _swap_followers(chains: dict[torch.nn.Conv2d, FoundChain]) -> None:
-    owners: dict[torch.nn.Module, list[tuple[torch.nn.Conv2d, FoundChain]]] = {}
+def _swap_followers(model, chains: dict[torch.nn.Conv2d, FoundChain]) -> None:
+    """Let every plain Sequential run the chains among its children; the owners of the others arm theirs."""
+    chain_of = {convolution: found.chain for convolution, found in chains.items()}
     for convolution, found in chains.items():
         convolution._fastseg.chain = found.chain
-        owners.setdefault(found.owner, []).append((convolution, found))
+    inside = set()
+    for module in list(model.modules()):
+        if is_plain_sequential(module):
+            inside |= _swap_sequential(module, chain_of)
+    owners: dict[torch.nn.Module, list[FoundChain]] = {}
+    for found in chains.values():
+        if found.chain not in inside:
+            owners.setdefault(found.owner, []).append(found)
     for owner, links in owners.items():
-        links = _swap_sequential(owner, links) if is_plain_sequential(owner) else links
         scope = Scope()
-        for _, (_, chain, watched) in links:
+        for _, chain, watched in links:
             scope.links.append((chain, watched))
             for module in (chain.norm, chain.activation):
                 if module is not None and "_fastseg" not in vars(module):
                     _swap(module, foldable_class(module), Settings(type(module)))
-        if scope.links:
-            scope.install(owner)
+        scope.install(owner)
 
 
-def _swap_sequential(owner, links) -> list:
-    """Let `owner` run the chains among its own children; what is left needs a scope."""
-    steps = steps_of(owner, {convolution: found.chain for convolution, found in links})
-    inside = {step.chain for step in steps}
-    if inside != {None}:
+def _swap_sequential(owner, chain_of: dict[torch.nn.Conv2d, Chain]) -> set[Chain | None]:
+    """Let `owner` run the chains and separable convolutions among its children, if there are any; which chains."""
+    steps = steps_of(owner, chain_of)
+    inside = {step.chain for step in steps if isinstance(step, Step)}
+    pairs = [step for step in steps if isinstance(step, SeparableStep)]
+    inside |= {half.chain for pair in pairs for half in (pair.first, pair.second)}
+    if pairs or inside - {None}:
         settings = Settings(type(owner))
         settings.steps = steps
         _swap(owner, folded_class(type(owner)), settings)
-    return [link for link in links if link[1].chain not in inside]
+    return inside - {None}
 
 
 def _swap(module, kind, settings) -> None:

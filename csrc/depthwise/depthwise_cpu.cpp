@@ -50,7 +50,9 @@ Call forward_call(const ConvShape& shape, const at::Tensor& input, const at::Ten
                   const at::Tensor& bias, Activation activation, bool neighbours,
                   int64_t vector_bytes) {
   const int64_t item = input.element_size();
-  Call call = plan_forward(shape, item);
+  const bool in_place = input.stride(1) == 1 && neighbours && shape.multiplier() == 1 &&
+                        shape.C * std::max<int64_t>(item, 4) >= vector_bytes;
+  Call call = plan_forward(shape, item, vector_bytes == 64 && in_place && pairs_pay(shape));
   call.activation = activation;
   call.source = image_of(input);
   call.weight = filter_of(weight);
@@ -128,6 +130,10 @@ at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                // [N, C
   Call call = depthwise_cpu::forward_call(shape, input, weight, bias.value_or(at::Tensor()), chosen,
                                           output.stride(1) == 1, kernels.vector_bytes);
   call.target = image_of(output);
+  const auto address = reinterpret_cast<uintptr_t>(call.target.data);
+  const int64_t item = input.element_size();
+  const bool whole_lines = item >= 4 && (address | shape.C * item) % 64 == 0;
+  call.streams = call.pairs && whole_lines && call.fills_l3();
   run(kernels.forward, call, call.tasks(), output.numel() * (shape.R * shape.S + 4),
       kernels.scratch_bytes(call));
   return output;

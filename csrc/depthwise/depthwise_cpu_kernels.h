@@ -18,6 +18,9 @@
 //   [W][lanes] source rows  --->  depthwise_cpu_runs.h   three filter columns, stride 1, long rows
 //    in place or packed     --->  depthwise_cpu_tiles.h  everything else
 //
+// but where there are 32 registers, forward takes 3x3 filters on tensors in place by two target
+// rows at once: depthwise_cpu_pairs.h.
+//
 // Channels are the vector axis. Channels-last tensors are read and written in place where that is
 // the faster way, all other layouts pass through packed rows (depthwise_cpu_rows.h). A channel
 // multiplier m is m filters over one x: in forward one after the other, in backward summed as if
@@ -26,7 +29,7 @@
 // Traffic: each tensor once per call, apart from R - 1 rows where two bands meet. The limit is
 // memory for large tensors, and the two multiply-adds a cycle for those in cache.
 
-#include "csrc/depthwise/depthwise_cpu_runs.h"
+#include "csrc/depthwise/depthwise_cpu_pairs.h"
 
 namespace fastseg {
 namespace FASTSEG_SIMD {
@@ -92,10 +95,13 @@ struct Task {
   const Call& call;
   const Scratch<A>& scratch;
   const Block& block;
-  int64_t image, band, begin, end;  // rows [begin, end) of the walk
+  int64_t image, band;
+  depthwise_cpu::Walk walk;
+  int64_t begin, end;  // positions of the walk
+  int64_t first_row;   // target row at which the walk begins
   Image target;
-  int64_t target_row = 0, target_channel = 0;  // those that `target` begins with
-  int64_t lanes, taps;                         // of the block; of one packed filter, in elements
+  int64_t target_row, target_channel;  // those that `target` begins with
+  int64_t lanes, taps;                 // of the block; of one packed filter, in elements
   A* partial;
 
   Task(const Call& call_, const Scratch<A>& scratch_, int64_t index)
@@ -104,9 +110,13 @@ struct Task {
         block(call.blocks.data()[index % call.block_count()]),
         image(index / call.block_count() / call.bands),
         band(index / call.block_count() % call.bands),
-        begin(call.walk.rows * band / call.bands),
-        end(call.walk.rows * (band + 1) / call.bands),
+        walk(call.walk),
+        begin(walk.rows * band / call.bands),
+        end(walk.rows * (band + 1) / call.bands),
+        first_row(0),
         target(call.target),
+        target_row(0),
+        target_channel(0),
         lanes((block.channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
         taps(call.R * call.S * lanes),
         partial(call.partial == nullptr
@@ -123,8 +133,10 @@ struct Task {
         block(block_),
         image(image_),
         band(0),
-        begin(begin_),
-        end(end_),
+        walk{end_ - begin_, min_of(end_ - begin_, call_.walk.stride)},
+        begin(0),
+        end(end_ - begin_),
+        first_row(begin_),
         target(target_),
         target_row(begin_),
         target_channel(target_channel_),
@@ -191,9 +203,9 @@ struct Task {
     const AxisClass& cls = call.rows.classes.data()[at % call.rows.period];
     const int64_t position = at / call.rows.period;
     // Sources from here to there are new to the next target row, if that has the same taps.
-    const int64_t positions = call.walk.stride / call.rows.period;
+    const int64_t positions = walk.stride / call.rows.period;
     const int64_t moved =
-        positions * call.rows.period == call.walk.stride ? positions * call.rows.step : 0;
+        positions * call.rows.period == walk.stride ? positions * call.rows.step : 0;
     for (const Tap& tap : cls.taps) {
       const int64_t source = position * call.rows.step + tap.source;
       if (source < 0 || source >= call.rows.sources) continue;
@@ -215,7 +227,7 @@ struct Task {
         row.target = tensor_row;
         row.target_stride = stride_w;
         row.activation = call.activation;
-        row.target_ahead = ahead(call.target, call.walk.stride);
+        row.target_ahead = ahead(target, walk.stride);
         return compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       }
     }
@@ -226,17 +238,61 @@ struct Task {
       compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       if constexpr (kInput) {
         unpack_row(scratch.target, lanes, block.channels, call.columns.targets, call.activation,
-                   tensor_row, stride_c, stride_w, ahead(call.target, call.walk.stride));
+                   tensor_row, stride_c, stride_w, ahead(target, walk.stride));
       }
     }
   }
 
+  // Two target rows at a time where the walk has two of one phase left.
+  template <int kStep>
+  void forward_pairs() const {
+    pack_weights();
+    PairJob<S, A> job;
+    job.source_stride = call.source.stride_w;
+    const bool few_sets = depthwise_cpu::aliased(call.source.stride_w * sizeof(S));
+    job.fetches = few_sets ? call.exceeds_l3() : call.exceeds_l2();
+    job.target_row = walk.stride * target.stride_h;
+    job.target_stride = target.stride_w;
+    job.streams = call.streams;
+    job.weight = scratch.weight;
+    job.init = scratch.init;
+    job.lanes = lanes;
+    job.channels = block.channels;
+    job.dilation = call.dilation_w;
+    job.activation = call.activation;
+    const S* source = plane<const S>(call.source, block.begin);
+    S* channels = plane<S>(target, block.begin - target_channel);
+    const int64_t first = call.rows.classes.data()[0].taps.data()[0].source;
+    int64_t step = walk.row_at(begin);
+    for (int64_t i = begin; i < end; ++i, step = walk.next(step)) {
+      const int64_t at = first_row + step;
+      for (int64_t r = 0; r < kStep + 3; ++r) {
+        const int64_t row = at * kStep + first + r * call.source_row_stride;
+        const bool exists = row >= 0 && row < call.rows.sources;
+        job.sources[r] = exists ? source + row * call.source.stride_h : nullptr;
+      }
+      job.target = channels + (at - target_row) * target.stride_h;
+      if (i + 1 < end && step + walk.stride < walk.rows) {
+        pair_rows<kStep, 2>(call, job);
+        step += walk.stride;
+        ++i;
+      } else {
+        pair_rows<kStep, 1>(call, job);
+      }
+    }
+    if (call.streams) end_streams();
+  }
+
   void forward() const {
+    if constexpr (kManyRegisters && std::is_same_v<S, Source> && std::is_same_v<S, Target>) {
+      if (call.pairs) return call.rows.step == 1 ? forward_pairs<1>() : forward_pairs<2>();
+    }
     pack_weights();
     const int64_t m = call.multiplier;
     const SourceRows<S, Source> rows = sources(block.begin, 1, 0);
-    int64_t at = call.walk.row_at(begin);
-    for (int64_t i = begin; i < end; ++i, at = call.walk.next(at)) {
+    int64_t step = walk.row_at(begin);
+    for (int64_t i = begin; i < end; ++i, step = walk.next(step)) {
+      const int64_t at = first_row + step;
       for (int64_t u = 0; u < m; ++u) {
         RowJob<Source, Target, A> row{};
         row.init = scratch.init + u * lanes;
@@ -251,7 +307,7 @@ struct Task {
   // The row of x at target row `at`.
   void set_x(int64_t at, RowJob<Source, Target, A>* row) const {
     const S* x = plane<const S>(call.x, block.begin) + at * call.x.stride_h;
-    const int64_t next = ahead(call.x, call.walk.stride);
+    const int64_t next = ahead(call.x, walk.stride);
     if constexpr (std::is_same_v<S, Source>) {
       if (block.direct_x) {
         row->x = x;
@@ -275,8 +331,8 @@ struct Task {
     if constexpr (kWeight) {
       for (int64_t i = 0; i < m * taps; ++i) partial[i] = scratch.totals[i] = 0;
     }
-    int64_t at = call.walk.row_at(begin);
-    for (int64_t i = begin; i < end; ++i, at = call.walk.next(at)) {
+    int64_t at = walk.row_at(begin);
+    for (int64_t i = begin; i < end; ++i, at = walk.next(at)) {
       RowJob<Source, Target, A> row{};
       row.init = scratch.init;
       for (int64_t u = 0; u < m; ++u) {

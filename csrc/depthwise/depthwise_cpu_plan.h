@@ -24,7 +24,8 @@ struct Run {
   int64_t pad;
 };
 
-// The runs of an axis with step 1 and three taps, `dilation` apart.
+// The runs of an axis with three taps, `dilation` apart. Its step is 1, or else the dilation is 1:
+// then the only run is the row, and tap i of target t reads source step * t + i - pad.
 inline std::vector<Run> cut_runs(const Axis& axis, int64_t dilation) {
   std::vector<Run> runs;
   const int64_t first = axis.classes[0].taps[0].source;
@@ -83,6 +84,8 @@ struct Call {
   int64_t N, C, multiplier, R, S;
   Axis rows, columns;
   std::vector<Run> runs;  // empty: tiles
+  bool pairs;             // two target rows at a time
+  bool streams;           // pairs: targets are written past the caches
   int64_t dilation_w;
   Walk walk;
   int64_t source_row_stride;  // between the source rows that one target row reads
@@ -103,6 +106,9 @@ struct Call {
   // Whether the tensors are too large for the L2 cache, or for a share of the last-level cache.
   bool exceeds_l2() const { return bytes >= int64_t{8} << 20; }
   bool exceeds_l3() const { return bytes >= int64_t{18} << 20; }
+  // Whether targets are better written past the caches: that saves reading their lines first, and
+  // costs the next reader its hits in the last-level cache. At this size the two are about even.
+  bool fills_l3() const { return bytes >= int64_t{16} << 20; }
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
   int64_t tasks() const { return N * bands * block_count(); }
   // A task's sums: of `multiplier` filters, then of as many biases.
@@ -134,7 +140,15 @@ inline bool runs_pay(const ConvShape& shape, const Call& call) {
          call.columns.targets >= 6 * shape.dilation_w;
 }
 
-inline Call plan_forward(const ConvShape& shape, int64_t item) {
+// Whether a call may go by pairs of rows, given that its tensors are used in place.
+inline bool pairs_pay(const ConvShape& shape) {
+  const int64_t stride = shape.stride_h;
+  const bool dense = shape.dilation_h == 1 && shape.dilation_w == 1;
+  return shape.R == 3 && shape.S == 3 && stride == shape.stride_w &&
+         (stride == 1 || (stride == 2 && dense));
+}
+
+inline Call plan_forward(const ConvShape& shape, int64_t item, bool pairs) {
   Call call = plan(shape, item, 2, output_axes(shape));
   call.walk = {shape.P,
                std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
@@ -144,7 +158,10 @@ inline Call plan_forward(const ConvShape& shape, int64_t item) {
   const bool tiles = shape.dilation_w == 1 &&
                      (call.columns.targets >= 96 ? call.exceeds_l3()
                                                  : call.exceeds_l2() && aliased(shape.C * item));
-  if (runs_pay(shape, call) && !tiles) call.runs = cut_runs(call.columns, shape.dilation_w);
+  call.pairs = pairs;
+  if (pairs || (runs_pay(shape, call) && !tiles)) {
+    call.runs = cut_runs(call.columns, shape.dilation_w);
+  }
   return call;
 }
 
@@ -182,7 +199,9 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   const bool few_sets = aliased(call->source.stride_w * item);
   const bool tiles = call->runs.empty();
   int64_t pixel = 128;
-  if (access.source) {
+  if (call->pairs) {
+    pixel = 512;
+  } else if (access.source) {
     pixel = few_sets || tiles || call->exceeds_l2() ? 1024 : 256;
   } else if (channels_last) {
     pixel = few_sets ? 512 : 256;

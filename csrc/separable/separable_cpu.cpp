@@ -98,7 +98,6 @@ Prepared prepare(const Depthwise& depthwise, const at::Tensor& x, const at::Tens
   Call& call = found.call;
   call.depthwise = depthwise_cpu::forward_call(shape, x, depthwise.weight, depthwise.bias,
                                                depthwise.activation, true, kernels.vector_bytes);
-  call.depthwise.walk = {shape.P, 1};
   call.P = shape.P, call.Q = shape.Q, call.K = pointwise.size(0), call.depth = shape.K;
   call.weight = pointwise.const_data_ptr();
   call.weight_stride = pointwise.stride(0);

@@ -8,7 +8,7 @@
 // depthwise kernels (csrc/depthwise) write the band of z into scratch memory, which stays in the
 // second-level cache, and multiplies it from there (csrc/common/product.h):
 //
-//     x rows --depthwise--> z [pixels of the band][<= ~256 channels] --product--> sums += z * panel
+//     x rows --depthwise--> z [pixels of the band][<= ~512 channels] --product--> sums += z * panel
 //
 // z never goes to memory. The pointwise weight is packed before, once a call, into panels that all
 // tasks read. Traffic: x once and the rows where bands meet twice, y once, the panels once a band

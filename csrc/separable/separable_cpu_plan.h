@@ -42,10 +42,10 @@ struct Call {
 };
 
 // What a band's intermediate may take of a second-level cache, and the panels beside it.
-constexpr int64_t kIntermediateBytes = int64_t{256} << 10;
+constexpr int64_t kIntermediateBytes = int64_t{512} << 10;
 constexpr int64_t kPanelBytes = int64_t{256} << 10;
-// Products summed up in registers: short chains, and panels that fit beside the intermediate.
-constexpr int64_t kDepth = 256;
+// Products that are summed up in registers, at most: deep blocks bring sums to memory less often.
+constexpr int64_t kDepth = 512;
 
 // Cuts the channels and the rows. `threads`: how many bands should be ready at a time; results do
 // not depend on it.

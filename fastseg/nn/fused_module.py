@@ -1,7 +1,7 @@
 """A module that `fastseg.accelerate` recognised as a whole: its forward is one or two operator calls.
 
 The module keeps its children, its keys and its hooks. Whatever the operators cannot do as the children would (foreign
-hooks on one of them, autocast, a mixture of norms) runs child by child, as before.
+hooks on one of them, autocast, a mixture of norms) runs child by child, as before; so does what torch.compile traces.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class FusedModule:
     _fastseg = None
 
     def forward(self, *args, **kwargs):
-        y = self._fused(*args) if len(args) == 1 and not kwargs else None
+        plain = torch.compiler.is_compiling() or len(args) != 1 or kwargs
+        y = None if plain else self._fused(*args)
         return super().forward(*args, **kwargs) if y is None else y
 
     def _fused(self, input):

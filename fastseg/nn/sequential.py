@@ -2,7 +2,8 @@
 
 Where a Sequential's own children are a chain (see fastseg/nn/folding.py), nothing has to be armed or marked: its
 forward is known, so it can see by itself that the chain is whole, and three module calls become one. In deep networks
-of small layers those calls take longer than the arithmetic.
+of small layers those calls take longer than the arithmetic. Sequentials inside it count as their children. A depthwise
+convolution and a pointwise one behind it, each with its chain, are one call as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastseg.nn.conv import AcceleratedConv2d, folded_if_right, to_memory_format, under_transform
 from fastseg.nn.folding import Chain, has_foreign_hooks, original_class
+from fastseg.nn.pyramid import Link, run_separable
 
 
 class Step(NamedTuple):
@@ -23,6 +25,30 @@ class Step(NamedTuple):
     modules: tuple[torch.nn.Module, ...]
     chain: Chain | None
     inner: tuple[torch.nn.Module, ...] = ()  # inside the norm: the activation of timm's
+
+    def run(self, input):
+        result = None if self.chain is None else _folded(self, input)
+        if result is not None:
+            return result
+        for module in self.modules:
+            input = module(input)
+        return input
+
+
+class SeparableStep(NamedTuple):
+    """A depthwise convolution and the pointwise one behind it, each with its chain, as `links` says them."""
+
+    first: Step
+    second: Step
+    links: tuple[Link, Link]
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        return self.first.modules + self.second.modules
+
+    def run(self, input):
+        result = _separable(self, input)
+        return self.second.run(self.first.run(input)) if result is None else result
 
 
 class FoldedSequential:
@@ -36,12 +62,7 @@ class FoldedSequential:
         if plain or not isinstance(input, torch.Tensor) or under_transform() or not _covers(settings.steps, self):
             return super().forward(input)
         for step in settings.steps:
-            result = None if step.chain is None else _folded(step, input)
-            if result is None:
-                for module in step.modules:
-                    input = module(input)
-            else:
-                input = result
+            input = step.run(input)
         return input
 
     def __reduce_ex__(self, protocol):
@@ -49,35 +70,62 @@ class FoldedSequential:
         return _new, (original_class(self),), *state
 
 
-def _covers(steps: list[Step], sequential) -> bool:
+def _covers(steps: list[Step | SeparableStep], sequential) -> bool:
     """Whether the children are still those that the steps were made for."""
-    return [m for step in steps for m in step.modules] == list(sequential._modules.values())
+    return [m for step in steps for m in step.modules] == _children(sequential)
+
+
+def _children(sequential) -> list[torch.nn.Module] | None:
+    """The children in order, those of plain Sequentials among them in their place; None where somebody looks at one."""
+    found = []
+    for child in sequential._modules.values():
+        if not is_plain_sequential(child):
+            found.append(child)
+            continue
+        inner = None if has_foreign_hooks(child) or child.training else _children(child)
+        if inner is None:
+            return None
+        found += inner
+    return found
+
+
+def _ready(step: Step) -> bool:
+    """Whether nobody looks at the step's modules, and its convolution was not restored by itself."""
+    if any(module.training or has_foreign_hooks(module) for module in step.modules + step.inner):
+        return False
+    convolution = step.modules[0]
+    return type(convolution) is AcceleratedConv2d and convolution._fastseg is not None
 
 
 def _folded(step: Step, input: torch.Tensor) -> torch.Tensor | None:
     """The chain's result in one call, or None when its modules have to run one by one."""
-    for module in step.modules + step.inner:
-        if module.training or has_foreign_hooks(module):
-            return None
-    convolution = step.modules[0]
-    if type(convolution) is not AcceleratedConv2d or convolution._fastseg is None:
-        return None  # it was restored by itself
-    settings = convolution._fastseg
+    if not _ready(step):
+        return None
+    settings = step.modules[0]._fastseg
     input = to_memory_format(input, settings.memory_format)
-    return folded_if_right(convolution, step.chain, input, settings.backend)
+    return folded_if_right(step.modules[0], step.chain, input, settings.backend)
+
+
+def _separable(step: SeparableStep, input: torch.Tensor) -> torch.Tensor | None:
+    """The separable convolution in one call, or None when its halves have to run one by one."""
+    if not (_ready(step.first) and _ready(step.second)):
+        return None
+    settings = step.first.modules[0]._fastseg
+    input = to_memory_format(input, settings.memory_format)
+    return run_separable(*step.links, input, settings.backend)
 
 
 def is_plain_sequential(module: torch.nn.Module) -> bool:
     """Whether `module` runs its children in order and does nothing else."""
-    return type(module).forward is torch.nn.Sequential.forward and "forward" not in vars(module)
+    return original_class(module).forward is torch.nn.Sequential.forward and "forward" not in vars(module)
 
 
-def steps_of(sequential: torch.nn.Sequential, chains: dict[torch.nn.Conv2d, Chain]) -> list[Step]:
-    """The children of `sequential` in steps; `chains` are those whose convolution and owner are found there.
+def steps_of(sequential: torch.nn.Sequential, chains: dict[torch.nn.Conv2d, Chain]) -> list[Step | SeparableStep]:
+    """The children of `sequential` in steps; `chains` are those whose convolution is found there.
 
     A chain that is interrupted, by an Identity say, runs module by module.
     """
-    children, steps = list(sequential._modules.values()), []
+    children, steps = _children(sequential), []
     while children:
         chain = chains.get(children[0])
         members = (
@@ -86,7 +134,31 @@ def steps_of(sequential: torch.nn.Sequential, chains: dict[torch.nn.Conv2d, Chai
         whole = chain is not None and tuple(children[: len(members)]) == members
         steps.append(Step(members, chain, tuple(chain.norm.children())) if whole else Step((children[0],), None))
         del children[: len(steps[-1].modules)]
-    return steps
+    return _paired(steps)
+
+
+def _paired(steps: list[Step]) -> list[Step | SeparableStep]:
+    found: list[Step | SeparableStep] = []
+    for step in steps:
+        if found and isinstance(found[-1], Step) and _is_depthwise(found[-1]) and _is_pointwise(step):
+            first = found.pop()
+            links = tuple(Link.chain([*pair.modules])[0] for pair in (first, step))
+            found.append(SeparableStep(first, step, links))
+        else:
+            found.append(step)
+    return found
+
+
+def _is_depthwise(step: Step) -> bool:
+    conv = step.modules[0]
+    return original_class(conv) is torch.nn.Conv2d and 1 < conv.in_channels == conv.groups
+
+
+def _is_pointwise(step: Step) -> bool:
+    conv = step.modules[0]
+    if original_class(conv) is not torch.nn.Conv2d or conv.groups != 1 or conv.kernel_size != (1, 1):
+        return False
+    return conv.stride == (1, 1) and conv.padding in ((0, 0), "valid")
 
 
 @functools.cache

@@ -134,15 +134,18 @@ def check_vector(name: str, bias, weight) -> None:
 
 def check_alike(input, *tensors) -> None:
     """Raise unless all tensors have one device and, where autocast does not see to it, one dtype."""
-    autocasts = torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type)
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None or (tensor.device == input.device and tensor.dtype == input.dtype):
             continue
-        if tensor.device != input.device or (tensor.dtype != input.dtype and not autocasts):
+        if tensor.device != input.device or not _autocasts(input.device.type):
             raise RuntimeError(
                 f"expected weights and biases like the input, {input.dtype} on {input.device}, "
                 f"but got {tensor.dtype} on {tensor.device}"
             )
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def join_biases(weights, biases, reduction: str) -> torch.Tensor | None:

@@ -1,0 +1,76 @@
+"""Shapes that reach every path of the depthwise forward kernel for two rows at a time: tiles, ends, layouts, stores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastseg.ops.library import OVERLOADS
+from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
+from tests.conftest import RUNG
+
+pytestmark = pytest.mark.skipif(RUNG != "cpu", reason="the CPU kernels have their own rung")
+
+# channels, size, stride, padding, dilation
+SHAPES = {
+    "no-padding": (48, (6, 17), 1, 0, 1),
+    "no-padding-strided": (48, (7, 18), 2, 0, 1),
+    "targets-without-sources": (24, (2, 3), 1, 4, 1),
+    "targets-without-sources-strided": (24, (2, 3), 2, 5, 1),
+    "two-runs": (40, (7, 27), 1, 2, 2),
+    "short-runs": (40, (13, 16), 1, 6, 6),
+    "runs-of-one": (40, (5, 5), 1, 9, 9),
+    "runs-without-sources": (40, (3, 3), 1, 9, 7),
+    "one-vector": (16, (9, 8), 1, 1, 1),
+    "several-blocks": (330, (9, 8), 1, 1, 1),
+    "several-bands": (64, (67, 65), 1, 1, 1),
+    "several-bands-dilated": (64, (67, 65), 1, 3, 3),
+    "several-bands-strided": (64, (97, 98), 2, 1, 1),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def forward(x, weight, bias, stride, padding, dilation, activation="none", threads=1):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        geometry = ([stride] * 2, [padding] * 4, [dilation] * 2)
+        return OVERLOADS["depthwise_conv2d"]["cpu"](x, weight, bias, *geometry, activation)
+    finally:
+        torch.set_num_threads(before)
+
+
+def check(channels, size, stride, padding, dilation, dtype):
+    x = random_tensor((2, channels, *size), dtype, seed=1, memory_format=torch.channels_last)
+    weight = random_tensor((channels, 1, 3, 3), dtype, seed=2)
+    bias = random_tensor((channels,), dtype, seed=3)
+    y = forward(x, weight, bias, stride, padding, dilation, "hardswish")
+    geometry = ([stride] * 2, [padding] * 4, [dilation] * 2)
+    assert_within(y, expected_conv(x, weight, bias, *geometry, "hardswish").output, "y")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width", range(1, 15))
+def test_rows_of_any_width_are_within_the_bound(width, stride, dtype, poison):
+    check(40, (5 * stride, width * stride), stride, 1, 1, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape_is_within_the_bound(shape, dtype, poison):
+    check(*shape, dtype)
+
+
+# Targets too large for the caches are stored another way, if vectors are whole cache lines.
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [64, 72])
+def test_large_tensors_are_exact_with_any_number_of_threads(channels, dtype, stride, poison):
+    side = {torch.float64: 151, torch.float32: 211, torch.bfloat16: 307}[dtype]
+    x = integer_tensor((1, channels, side, side), dtype).contiguous(memory_format=torch.channels_last)
+    weight = integer_tensor((channels, 1, 3, 3), dtype, seed=1)
+    results = [forward(x, weight, None, stride, 1, 1, threads=threads) for threads in (1, 2, 5)]
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, 1, 1, channels).to(dtype)
+    for y in results:
+        assert torch.equal(y, wanted)
