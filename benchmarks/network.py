@@ -27,7 +27,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class NetworkCase:
-    """`model` names a function of torchvision.models.segmentation."""
+    """`model` names a function of torchvision.models.segmentation, or "smp:CLASS:ENCODER" of another library."""
 
     id: str
     model: str
@@ -40,6 +40,8 @@ class NetworkCase:
 NETWORKS = (
     NetworkCase("deeplabv3-mobilenet-v3", "deeplabv3_mobilenet_v3_large"),
     NetworkCase("deeplabv3-mobilenet-v3-n16", "deeplabv3_mobilenet_v3_large", batch=16, devices=("cuda",)),
+    NetworkCase("deeplabv3plus-mobilenet-v2", "smp:DeepLabV3Plus:mobilenet_v2", 512),
+    NetworkCase("deeplabv3plus-resnet50", "smp:DeepLabV3Plus:resnet50", 512),
     NetworkCase("lraspp-mobilenet-v3", "lraspp_mobilenet_v3_large", quick=False),
 )
 
@@ -65,11 +67,9 @@ def to_tensor(image) -> torch.Tensor:
 
 def build(case: NetworkCase, x: torch.Tensor) -> torch.nn.Module:
     """The network with random weights, in eval mode, its batch norms calibrated on `x` [1, 3, H, W]."""
-    from torchvision.models import segmentation
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(segmentation, case.model)(weights=None, weights_backbone=None, num_classes=21)
+        model = _network(case.model)
         norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         momenta = [m.momentum for m in norms]
         for norm in norms:
@@ -80,6 +80,18 @@ def build(case: NetworkCase, x: torch.Tensor) -> torch.nn.Module:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return model.eval()
+
+
+def _network(name: str) -> torch.nn.Module:
+    """With 21 classes and random weights."""
+    if not name.startswith("smp:"):
+        from torchvision.models import segmentation
+
+        return getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=21)
+    import segmentation_models_pytorch
+
+    _, kind, encoder = name.split(":")
+    return getattr(segmentation_models_pytorch, kind)(encoder, encoder_weights=None, classes=21)
 
 
 def measure(case: NetworkCase, device: str, dtype: torch.dtype, seconds: float, compile_reason: str | None) -> dict:
@@ -148,7 +160,8 @@ def _measure(case, device, dtype, seconds, compile_reason):
 
 
 def _logits(network, x) -> torch.Tensor:
-    return network(x)["out"]
+    result = network(x)
+    return result["out"] if isinstance(result, dict) else result
 
 
 def agreement(logits, natives, exact, role: str) -> dict:

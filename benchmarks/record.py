@@ -10,6 +10,7 @@ settings   threads, dtypes, what was selected
 ceilings   measured in the same run
 operators  rows of operators.py
 networks   rows of network.py
+blocks     rows of blocks.py
 overhead   rows of operators.overhead
 skipped    {"id", "reason"} of what was not run
 stages     only from gpu.py: {"name", "status", "seconds", "detail"}
@@ -38,7 +39,7 @@ def kernel_files(root: Path = ROOT) -> list[Path]:
     """Every source file of a kernel. csrc/host executes kernels for tests and is none."""
     sources = [p for p in (root / "csrc").rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
     host = root / "csrc" / "host"
-    return sorted([p for p in sources if host not in p.parents] + list((root / "fastseg" / "ops").glob("*/triton.py")))
+    return sorted([p for p in sources if host not in p.parents] + list((root / "fastseg" / "ops").glob("*/triton*.py")))
 
 
 def kernel_hashes(root: Path = ROOT) -> dict[str, str]:
@@ -49,7 +50,7 @@ def gpu_files(root: Path = ROOT) -> set[str]:
     """The kernel files that reach a GPU: Triton's, CUDA's, and whatever CUDA's include."""
     files = {path.relative_to(root).as_posix(): path for path in kernel_files(root)}
     found: set[str] = set()
-    waiting = [name for name in files if name.endswith((".cu", ".cuh", "triton.py"))]
+    waiting = [name for name in files if name.endswith((".cu", ".cuh", ".py"))]
     while waiting:
         name = waiting.pop()
         if name in files and name not in found:
@@ -85,6 +86,7 @@ def start(settings: dict) -> dict:
         "ceilings": {},
         "operators": [],
         "networks": [],
+        "blocks": [],
         "overhead": [],
         "skipped": [],
     }
@@ -114,7 +116,7 @@ def finish(record: dict) -> None:
 
 def gates(record: dict) -> dict[str, int]:
     """How many candidates were found right and wrong."""
-    rows = record["operators"] + record["networks"]
+    rows = record["operators"] + record["networks"] + record.get("blocks", [])
     found = [c["gate"]["green"] for row in rows for c in row["candidates"] if "gate" in c]
     return {"green": sum(found), "red": len(found) - sum(found)}
 

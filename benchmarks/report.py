@@ -44,6 +44,8 @@ def _record(record: dict) -> str:
         _summary(record),
     ]
     parts += [_network(row) for row in record["networks"]]
+    if record.get("blocks"):
+        parts += ["<h2>Blocks</h2>", _blocks(record["blocks"])]
     if record["operators"]:
         parts += [
             "<h2>Speed-up over native's better layout</h2>",
@@ -61,6 +63,33 @@ def _record(record: dict) -> str:
             f"<details><summary>Every candidate of every row</summary>{_candidates(record)}</details>",
         ]
     return "".join([*parts, _overhead(record), _stages(record), _skipped(record)])
+
+
+def _blocks(rows: list[dict]) -> str:
+    """Every candidate of every block, with fastseg's ratio to it."""
+    lines = []
+    for row in rows:
+        own = summary.shown(row) or {}
+        for entry in row["candidates"]:
+            if "seconds" not in entry:
+                reason = entry["skipped"] or entry["gate"]["message"]
+                took, ratio = f'<span class="bad">{escape(reason)}</span>', ""
+            else:
+                took = table.seconds(entry["seconds"]["median"])
+                found = own.get(f"ratio to {entry['name']}")
+                ratio = (
+                    "" if found is None or entry["role"] == "fastseg" else f"{found['median']:.2f}x ({_middle(found)})"
+                )
+            cells = (row["case"], row["layer"], row["direction"], table.shape(row), entry["name"])
+            memory = table.megabytes(entry.get("peak_bytes"))
+            lines.append(
+                "<tr>"
+                + "".join(f"<td>{escape(c)}</td>" for c in cells)
+                + f"<td>{took}</td><td>{memory}</td><td>{ratio}</td></tr>"
+            )
+    heads = ("case", "layer", "direction", "shape", "candidate", "median", "peak MB", "fastseg is faster by")
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _summary(record: dict) -> str:

@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks import memory, operators, record, table, timing
+from benchmarks import blocks, memory, operators, record, table, timing
 from benchmarks.cases import DIRECTIONS, QUICK_DIRECTIONS, select
 from benchmarks.network import NETWORKS
 from benchmarks.network import measure as measure_network
 from benchmarks.workload import Candidate, ConvWorkload
 
-# In the quick run torch.compile is left out once compiling has taken this long, and networks are not compiled.
+# In the quick run torch.compile is left out once compiling operators has taken this long; networks, and the training of
+# blocks, are not compiled.
 QUICK_COMPILE_SECONDS = 30.0
 # Shares of the time budget.
-NETWORK_SHARE, OVERHEAD_SHARE = 0.1, 0.01
+NETWORK_SHARE, BLOCK_SHARE, OVERHEAD_SHARE = 0.06, 0.012, 0.01
 LONGEST_ROW_SECONDS = 5.0
 
 
@@ -48,6 +49,7 @@ def run(settings: Settings, say: Callable[[str], None], keep: Callable[[dict], N
     keep(found)
     if settings.networks:
         _run_networks(settings, found, end, say, keep)
+        _run_blocks(settings, found, end, say, keep)
     _run_operators(settings, found, end, say, keep)
     found["overhead"] = operators.overhead(settings.device, settings.budget * OVERHEAD_SHARE)
     say(table.overhead_line(found))
@@ -78,6 +80,29 @@ def _run_networks(settings, found, end, say, keep):
             found["networks"].append(row)
             say(table.network_lines(row))
             keep(found)
+
+
+def _run_blocks(settings, found, end, say, keep):
+    for dtype in settings.dtypes:
+        for case in blocks.BLOCKS:
+            for direction in blocks.DIRECTIONS:
+                identity = f"{case.id}/{direction}/{dtype}"
+                if time.perf_counter() > end:
+                    found["skipped"].append({"id": identity, "reason": "the time budget was spent"})
+                    continue
+                compiles = not settings.quick or (direction == "inference" and QUICK_COMPILE_SECONDS > 0)
+                try:
+                    row = blocks.measure(
+                        case, direction, settings.device, getattr(torch, dtype), settings.budget * BLOCK_SHARE, compiles
+                    )
+                except torch.OutOfMemoryError as error:
+                    found["skipped"].append({"id": identity, "reason": str(error).splitlines()[0]})
+                    continue
+                finally:
+                    torch._dynamo.reset()
+                found["blocks"].append(row)
+                say(table.block_line(row))
+                keep(found)
 
 
 def _run_operators(settings, found, end, say, keep):

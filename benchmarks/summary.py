@@ -74,7 +74,8 @@ class Target:
 
 
 def _row(record, identity) -> dict | None:
-    return next((r for r in record["operators"] + record["networks"] if r["id"] == identity), None)
+    rows = record["operators"] + record["networks"] + record.get("blocks", [])
+    return next((r for r in rows if r["id"] == identity), None)
 
 
 def _spread(value: dict) -> str:
@@ -144,6 +145,37 @@ def _entry_speed_up(identity: str, name: str, key: str, least: float) -> Callabl
     return measure
 
 
+def _block_speed_up(identity: str, least: float, name: str = "fastseg", baselines=("channels_last", "compile")):
+    """The speed-up of a block over the fastest of some baselines."""
+
+    def measure(record):
+        row = _row(record, identity)
+        entry = candidate(row, name) if row and not is_red(row) else None
+        if entry is None or "seconds" not in entry:
+            return None
+        keys = [key for key in entry if key.startswith("ratio") and key.endswith(baselines)]
+        slowest = min(keys, key=lambda key: entry[key]["median"])
+        reached = entry[slowest]["p80" if least == 1 else "median"]
+        return f"{_spread(entry[slowest])} of {slowest.removeprefix('ratio to ')}", reached >= least
+
+    return measure
+
+
+def _block_targets() -> tuple[Target, ...]:
+    inference = {"separable-64-128": 1.15, "separable-32-64": 1.15, "separable-728": 1, "aspp-os16": 1.05}
+    inference |= {"aspp-os8": 1.05, "separable-aspp": 2}
+    training = dict.fromkeys(inference, 1) | {"separable-aspp": 4}
+    found = [
+        Target(f"{case} {direction}: {least}x", _block_speed_up(f"{case}/{direction}/float32", least))
+        for direction, wanted in (("inference", inference), ("training", training))
+        for case, least in wanted.items()
+    ]
+    for case in ("aspp-os16", "aspp-os8"):
+        measure = _block_speed_up(f"{case}/inference/float32", 1.4, "fastseg NCHW", ("native NCHW",))
+        found.append(Target(f"{case} inference, NCHW: 1.4x", measure))
+    return tuple(found)
+
+
 _NETWORK = "deeplabv3-mobilenet-v3/inference/float32"
 CPU_TARGETS = (
     Target("2048x33x33 d=18 forward: 10x", _speed_up("sep-aspp-d18/forward/float32", 10)),
@@ -172,7 +204,16 @@ CPU_TARGETS = (
         "deeplabv3_mobilenet_v3_large: 1.1x eager channels_last",
         _speed_up(_NETWORK, 1.1, "ratio to native channels_last"),
     ),
+    Target(
+        "DeepLabV3Plus mobilenet_v2: 1.25x eager channels_last",
+        _speed_up("deeplabv3plus-mobilenet-v2/inference/float32", 1.25, "ratio to native channels_last"),
+    ),
+    Target(
+        "DeepLabV3Plus resnet50: 1.12x eager channels_last",
+        _speed_up("deeplabv3plus-resnet50/inference/float32", 1.12, "ratio to native channels_last"),
+    ),
     Target("operator call: at most 10 us above native", _overhead),
+    *_block_targets(),
     *_dense_targets(),
 )
 

@@ -86,6 +86,22 @@ def network_lines(row: dict) -> str:
     return "\n".join(lines)
 
 
+def block_line(row: dict) -> str:
+    start = f"{row['case']:<20} {row['direction']:<10} {shape(row):<24}"
+    if summary.is_red(row):
+        return f"{start} RED, no speed: {summary.red_message(row)}"
+    parts = []
+    for entry in row["candidates"]:
+        if "seconds" not in entry:
+            continue
+        took = f"{entry['name']} {seconds(entry['seconds']['median'])}"
+        if entry["name"] == "fastseg":
+            ratios = [f"{v['median']:.2f}x" for k, v in entry.items() if k.startswith("ratio")]
+            took += f" ({', '.join(ratios)})"
+        parts.append(f"{took}, {megabytes(entry['peak_bytes'])} MB")
+    return f"{start} {'; '.join(parts)}"
+
+
 def machine_line(record: dict) -> str:
     machine = record["machine"]
     device = f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}; " if "gpu" in machine else ""
@@ -144,6 +160,7 @@ def terminal(record: dict) -> str:
     parts = [machine_line(record)]
     parts += [ceilings_line(record)] if record["ceilings"] else []
     parts += [network_lines(row) for row in record["networks"]]
+    parts += [block_line(row) for row in record.get("blocks", [])]
     parts += [HEADER, *(row_line(row) for row in record["operators"])] if record["operators"] else []
     parts += [overhead_line(record)] if record["overhead"] else []
     return "\n".join([*parts, summary_lines(record)])
@@ -156,7 +173,9 @@ def markdown(record: dict) -> str:
         "|---|---|---|--:|--:|--:|--:|---|",
     ]
     for row in record["networks"]:
-        lines += _markdown_network(row)
+        lines += _markdown_network(row, row["model"])
+    for row in record.get("blocks", []):
+        lines += _markdown_network(row, row["case"])
     for row in record["operators"]:
         entry, native = summary.shown(row), summary.baseline(row)
         head = f"| {row['case']} | {shape(row)} | {row['direction']} |"
@@ -169,15 +188,15 @@ def markdown(record: dict) -> str:
     return "\n".join([*lines, "", f"{machine_line(record)}; commit {commit}, {record['created'][:10]}."])
 
 
-def _markdown_network(row: dict) -> list[str]:
+def _markdown_network(row: dict, title: str) -> list[str]:
     entry = summary.shown(row)
     if entry is None:
-        return [f"| {row['model']} | | {row['direction']} | | wrong result, no speed | | | |"]
+        return [f"| {title} | | {row['direction']} | | wrong result, no speed | | | |"]
     lines = []
-    for name in ("native NCHW", "native channels_last"):
+    for name in ("native NCHW", "native channels_last", "torch.compile"):
         native, ratio = summary.candidate(row, name), entry.get(f"ratio to {name}")
         if native and ratio:
-            head = f"| {row['model']}, over {name} | {shape(row)} | {row['direction']} |"
+            head = f"| {title}, over {name} | {shape(row)} | {row['direction']} |"
             lines.append(f"{head} {_markdown_speed(native, entry, ratio)} | | |")
     return lines
 

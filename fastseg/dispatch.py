@@ -49,6 +49,7 @@ class Problem(NamedTuple):
     device_type: str
     dtype: torch.dtype
     geometry: Geometry | None = None  # None while tracing, where sizes may be symbols, and where any is meant
+    gradient: bool = False  # whether a backward pass may follow; looked at with a geometry only
 
 
 # (operator, reason) -> number of calls that "auto" left to native.
@@ -190,6 +191,8 @@ def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
     if pixels < 64 or channels < 32:
         return "native is faster for few pixels or channels"
     if kernel == [1, 1]:
+        if problem.gradient and pointwise_trains_on_native(channels, outputs):
+            return "native is faster in the backward pass of 1x1 convolutions of few channels"
         if geometry.channels_last or channels * outputs <= 2**15:
             return None
         return "native is faster for large 1x1 convolutions of contiguous tensors"
@@ -200,6 +203,11 @@ def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
     else:
         pays = channels >= 64 and outputs >= 64 and (reach >= 0.6 or (reach >= 0.35 and pixels >= 2048))
     return None if pays else "native is as fast where nearly all filter taps look at the image"
+
+
+def pointwise_trains_on_native(channels: int, outputs: int) -> bool:
+    """Whether oneDNN's backward pass of such a 1x1 convolution on the CPU is the faster one."""
+    return min(channels, outputs) < 128
 
 
 # Choices that were made, by problem and name. Those that depend on sizes are thrown away when they get many, as they do

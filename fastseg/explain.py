@@ -18,11 +18,13 @@ from fastseg.ceilings import copy_bandwidth, matmul_rate, median_ms
 from fastseg.chains import find_chains, undisturbed
 from fastseg.nn.conv import Conv2d, convolve, folded
 from fastseg.nn.folding import Chain, Operands, pays, scales_weight
+from fastseg.nn.fused_module import FusedModule
 from fastseg.ops.arguments import ConvArguments, normalise
 from fastseg.ops.batch_norm import INPLACE_ACTIVATIONS
 from fastseg.ops.convolution import geometry_of
 from fastseg.ops.geometry import conv_memory_format, live_outputs
 from fastseg.ops.live_taps import live_share, rectangles
+from fastseg.pyramids import find_pyramids
 
 
 @dataclasses.dataclass
@@ -63,6 +65,7 @@ class Report:
     bandwidth: float  # bytes a second
     rate: float  # floating-point operations a second
     rows: list[Row]
+    fused: list[str]  # modules that run as a whole; their convolutions are timed one by one above
     warnings: list[str]
 
     @property
@@ -98,6 +101,7 @@ class Report:
             f"bound: the slower of {self.bandwidth / 1e9:.1f} GB/s (measured by a copy) and {self.rate / 1e9:.0f} "
             "GFLOP/s (measured by a matrix product); more than 100 % means that the tensors stay in a cache"
         )
+        lines += [f"fused: {line}" for line in self.fused]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return lines
 
@@ -132,6 +136,7 @@ def explain(model: torch.nn.Module, example) -> Report:
         raise TypeError(f"expected model to be a torch.nn.Module, but got {type(model).__name__}")
     accelerated = any("_fastseg" in vars(module) for module in model.modules())
     chains = {} if accelerated else {layer: found.chain for layer, found in find_chains(model).items()}
+    fused, apart = _fusions(model, accelerated)
     native_calls = dispatch.native_calls.copy()
     try:
         with undisturbed(model), torch.no_grad():
@@ -149,8 +154,28 @@ def explain(model: torch.nn.Module, example) -> Report:
         bandwidth=copy_bandwidth(device),
         rate=matmul_rate(device, dtype),
         rows=rows,
-        warnings=_warnings(rows),
+        fused=fused,
+        warnings=[*apart, *_warnings(rows)],
     )
+
+
+def _fusions(model, accelerated: bool) -> tuple[list[str], list[str]]:
+    """The modules that run as a whole, and those that were recognised and cannot, with the reason."""
+    if accelerated:
+        found = {m: m._fastseg.fusion for m in model.modules() if isinstance(m, FusedModule) and "_fastseg" in vars(m)}
+    else:
+        found = find_pyramids(model)
+    fused, apart = [], []
+    for name, module in model.named_modules():
+        if module not in found:
+            continue
+        reason = found[module].reason_not() if accelerated else None
+        title = f"{name or type(module).__name__} ({found[module].describe()})"
+        if reason is None:
+            fused.append(f"{title} is one call for all branches")
+        else:
+            apart.append(f"{title} runs child by child: {reason}")
+    return fused, apart
 
 
 def _device_name(device: torch.device) -> str:

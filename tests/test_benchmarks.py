@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import fastseg
-from benchmarks import gpu, network, operators, readme, record, report, suite, summary, table, timing
+from benchmarks import blocks, gpu, network, operators, readme, record, report, suite, summary, table, timing
 from benchmarks.__main__ import main
+from benchmarks.blocks import BlockCase
 from benchmarks.cases import CASES, DIRECTIONS, ConvCase, select
 from benchmarks.network import NetworkCase
 from benchmarks.workload import Candidate, ConvWorkload
@@ -49,6 +50,8 @@ def measured() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "ceilings", lambda device: CEILINGS)
         patch.setattr(suite, "NETWORKS", (NetworkCase("small", "deeplabv3_mobilenet_v3_large", size=97),))
+        block = BlockCase("small-block", "a small block", lambda: blocks._separable(8, 16), 8, 9)
+        patch.setattr(blocks, "BLOCKS", (block,))
         patch.setattr(suite, "QUICK_COMPILE_SECONDS", 0.0)
         settings = suite.Settings(cases="mobilenet-384", budget=60.0)
         return suite.run(settings, say=lambda line: None, keep=lambda found: None)
@@ -98,17 +101,17 @@ def test_a_wrong_kernel_is_red_and_gets_no_speed(monkeypatch):
 
 
 def test_a_red_row_shows_no_speed_anywhere(found):
-    for row in (*found["operators"], *found["networks"]):
+    for row in (*found["operators"], *found["networks"], *found["blocks"]):
         entry = summary.candidate(row, "fastseg")
         entry["gate"] = {**entry["gate"], "green": False, "message": "planted"}
     assert summary.summaries(found) == []
     assert summary.targets({**found, "overhead": []}) == []
-    assert record.gates(found)["red"] == 3
+    assert record.gates(found)["red"] == 5
     page = report.render([found])
     assert page.count("wrong result, no speed: fastseg: planted") == 2
     assert "<svg" not in page
     assert 'class="bars"' not in page
-    assert table.markdown(found).count("wrong result, no speed") == 3
+    assert table.markdown(found).count("wrong result, no speed") == 5
 
 
 def test_a_kernel_that_raises_is_red():
@@ -248,6 +251,7 @@ def test_report_command_renders_from_records(found, tmp_path, capsys):
 
 def test_skipped_rows_are_listed(found, monkeypatch):
     monkeypatch.setattr(suite, "NETWORKS", ())
+    monkeypatch.setattr(blocks, "BLOCKS", ())
     late = suite.run(suite.Settings(cases="sep-aspp-d18", budget=0.0), say=lambda line: None, keep=lambda r: None)
     assert [s["reason"] for s in late["skipped"]] == ["the time budget was spent"] * 2
     assert "2 rows were not run" in report.render([late])

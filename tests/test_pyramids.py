@@ -299,6 +299,17 @@ class TestAccelerate:
             torch.testing.assert_close(ours(x), hooked, rtol=1e-4, atol=1e-4)
         assert len(fused) == 1
 
+    def test_explain_says_what_runs_as_a_whole(self):
+        model = lively(torchvision_aspp()).eval()
+        line = "ASPP (ASPP, 4 concatenated branches and a pooled one)"
+        assert fastseg.explain(model, image()).fused == [f"{line} is one call for all branches"]
+        fastseg.accelerate(model)
+        assert fastseg.explain(model, image()).fused == [f"{line} is one call for all branches"]
+        model.convs[1].register_forward_hook(lambda *_: None)
+        report = fastseg.explain(model, image())
+        assert report.fused == []
+        assert f"warning: {line} runs child by child: 1 has hooks" in str(report)
+
     def test_replaced_children_count(self, fused):
         ours = fastseg.accelerate(lively(torchvision_aspp()).eval())
         ours.convs[1][0] = nn.Conv2d(CHANNELS, WIDTH, 3, padding=1)

@@ -24,6 +24,14 @@ class Fusion:
         self.pyramid = pyramid
         self.watched = watched
 
+    def describe(self) -> str:
+        """What it is, for `fastseg.explain`."""
+        branches = self.pyramid.branches
+        kind = "separable ASPP" if any(len(branch) == 2 for branch in branches) else "ASPP"
+        form = "summed" if self.pyramid.reduction == "sum" else "concatenated"
+        pooled = " and a pooled one" if self.pyramid.pool is not None else ""
+        return f"{kind}, {len(branches)} {form} branches{pooled}"
+
     def reason_not(self) -> str | None:
         """Why the module has to run child by child, whatever the input, or None."""
         for parent, name, module in self.watched:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastseg import dispatch
 from fastseg.nn import folding
 from fastseg.nn.joint_norm import joint_norm, takes_together
 from fastseg.ops.activation import apply_activation
@@ -87,6 +88,9 @@ def run_separable(first: Link, second: Link, input, backend: str | None) -> torc
     folds = first.folds(input) and second.folds(input)
     if not folds and first.norm is not None:
         return None  # its statistics are those of the whole batch
+    channels, outputs = second.conv.in_channels, second.conv.out_channels
+    if not folds and input.is_cpu and dispatch.pointwise_trains_on_native(channels, outputs) and backend is None:
+        return None
     choice, refusal = chosen("separable_conv2d", input, backend)
     if refusal is not None:
         raise refusal

@@ -17,13 +17,15 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
     """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d."""
     check_activation(activation)
     arguments = choice = refusal = geometry = None
+    gradient = False
     if isinstance(input, torch.Tensor):
         if dispatch.depends_on_geometry(operator, input.device.type) and not torch.compiler.is_compiling():
             arguments = normalise(input, weight, bias, stride, padding, dilation, groups)
             if arguments is None:
                 return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
             geometry = geometry_of(arguments, weight)
-        choice, refusal = chosen(operator, input, backend, geometry)
+            gradient = _records((input, weight, bias))
+        choice, refusal = chosen(operator, input, backend, geometry, gradient)
     if choice is not None and choice.backend == "native":
         dispatch.count_native(operator, choice.reason)
         return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
@@ -40,13 +42,13 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
     return y if arguments.batched else y.squeeze(0)
 
 
-def chosen(operator: str, input: torch.Tensor, backend: str | None, geometry=None):
+def chosen(operator: str, input: torch.Tensor, backend: str | None, geometry=None, gradient: bool = False):
     """The backend for `operator` on `input`, and None; or None, and the error to raise if the arguments are right.
 
     A mistake in the arguments is told first, in PyTorch's words.
     """
     try:
-        problem = dispatch.Problem(operator, input.device.type, input.dtype, geometry)
+        problem = dispatch.Problem(operator, input.device.type, input.dtype, geometry, gradient)
         return dispatch.choose(problem, backend), None
     except dispatch.BackendError as error:
         return None, error
