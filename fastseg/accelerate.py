@@ -20,6 +20,7 @@ from fastseg.chains import FoundChain, find_chains
 from fastseg.nn.conv import AcceleratedConv2d
 from fastseg.nn.folding import Chain, Scope, foldable_class, is_scope_hook, original_class
 from fastseg.nn.fused_module import Fusion, fused_class
+from fastseg.nn.pyramid import Separable
 from fastseg.nn.sequential import SeparableStep, Step, folded_class, is_plain_sequential, steps_of
 from fastseg.ops.conv2d import operator_of
 from fastseg.pyramids import find_pyramids
@@ -92,6 +93,8 @@ def accelerate(
             _swap_convolution(module, requested(module, backend), memory_format)
     _swap_followers(model, chains)
     for module, fusion in pyramids.items():
+        if _followed(fusion, chains):
+            continue
         settings = Settings(type(module), None if backend == "auto" else backend, memory_format)
         settings.fusion = fusion
         _swap(module, fused_class(type(module)), settings)
@@ -276,6 +279,14 @@ def _swap_followers(model, chains: dict[torch.nn.Conv2d, FoundChain]) -> None:
                 if module is not None and "_fastseg" not in vars(module):
                     _swap(module, foldable_class(module), Settings(type(module)))
         scope.install(owner)
+
+
+def _followed(fusion: Fusion, chains: dict[torch.nn.Conv2d, FoundChain]) -> bool:
+    """Whether a norm outside follows the module: folded into the last convolution it saves more than fusing does."""
+    if not isinstance(fusion.whole, Separable):
+        return False
+    last = fusion.whole.second
+    return last.norm is None and last.conv in chains
 
 
 def _swap_sequential(owner, chain_of: dict[torch.nn.Conv2d, Chain]) -> set[Chain | None]:

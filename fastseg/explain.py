@@ -170,9 +170,9 @@ def _fusions(model, accelerated: bool) -> tuple[list[str], list[str]]:
         if module not in found:
             continue
         reason = found[module].reason_not() if accelerated else None
-        title = f"{name or type(module).__name__} ({found[module].describe()})"
+        title = f"{name or type(module).__name__} ({found[module].whole.describe()})"
         if reason is None:
-            fused.append(f"{title} is one call for all branches")
+            fused.append(f"{title} runs as a whole")
         else:
             apart.append(f"{title} runs child by child: {reason}")
     return fused, apart

@@ -1,4 +1,4 @@
-"""Finds the atrous spatial pyramid poolings of a model, by what their forwards do and not by their names.
+"""Finds what runs as a whole, by what forwards do and not by their names: pyramid poolings and separable convolutions.
 
 A module is one when its traced forward is, from its input to its result,
 
@@ -6,6 +6,10 @@ A module is one when its traced forward is, from its input to its result,
     pooled branch  mean over the image, 1x1 convolution (norm, activation), resized to the image; or none
     concat form    all of them side by side, then a 1x1 convolution (norm, activation, dropout)
     sum form       the branches added up
+
+and a separable convolution where it is a depthwise convolution (norm, activation), a pointwise one (norm, activation),
+and perhaps the input added to their result. (Those among the children of a Sequential are found there, see
+fastseg/nn/sequential.py.)
 
 What was matched is tried on a small random image beside the module's own forward: a resize that is none, say, or an
 argument that tracing did not show, would give something else.
@@ -22,7 +26,7 @@ import torch.nn.functional as F
 from fastseg.chains import _trace, undisturbed
 from fastseg.nn.folding import activation_name, original_class, own_activation
 from fastseg.nn.fused_module import Fusion
-from fastseg.nn.pyramid import Link, Pyramid
+from fastseg.nn.pyramid import Link, Pyramid, Separable
 from fastseg.ops.activation import apply_activation
 
 _DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout2d)
@@ -39,34 +43,39 @@ def find_pyramids(model: torch.nn.Module) -> dict[torch.nn.Module, Fusion]:
             if not _may_be(module):
                 continue
             traces = _trace(module)
-            pyramid = _match(traces[0]) if traces is not None and len(traces) == 1 else None
-            if pyramid is not None and _agrees(pyramid, module):
+            whole = _match(traces[0]) if traces is not None and len(traces) == 1 else None
+            if whole is not None and _agrees(whole, module):
                 watched = [
                     (parent, name, child) for parent in module.modules() for name, child in parent._modules.items()
                 ]
-                found[module] = Fusion(pyramid, [link for link in watched if link[2] is not None])
+                found[module] = Fusion(whole, [link for link in watched if link[2] is not None])
     return found
 
 
 def _may_be(module: torch.nn.Module) -> bool:
-    """Whether `module` has a few convolutions of one width at different dilations; tracing tells the rest."""
+    """Whether `module` has a few convolutions of one width at different dilations, or a depthwise and a pointwise one;
+
+    tracing tells the rest.
+    """
     if isinstance(module, (torch.nn.Sequential, torch.nn.ModuleList)):
         return False
     convolutions = [m for m in module.modules() if isinstance(m, torch.nn.Conv2d)]
+    if len(convolutions) == 2 and _is_depthwise(convolutions[0]) and _is_pointwise(convolutions[1]):
+        return True
     dilated = [(m.in_channels, m.dilation) for m in convolutions if max(m.dilation) > 1 and max(m.kernel_size) > 1]
     return 2 <= len(convolutions) <= 32 and any(
         channels == other and dilation != another for channels, dilation in dilated for other, another in dilated
     )
 
 
-def _match(tracer) -> Pyramid | None:
+def _match(tracer) -> Pyramid | Separable | None:
     nodes = list(tracer.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder" and node.users]
     result = nodes[-1].args[0]
     if len(inputs) != 1 or not isinstance(result, torch.fx.Node) or tracer.kept:
         return None
     back = _Backwards(tracer, inputs[0])
-    return back.concatenated(result) or back.summed(result)
+    return back.concatenated(result) or back.summed(result) or back.separable(result)
 
 
 class _Backwards:
@@ -116,6 +125,16 @@ class _Backwards:
             return None
         return Pyramid(branches, None, False, None, "none", "sum", None)
 
+    def separable(self, node) -> Separable | None:
+        parts = self.addends(node)
+        adds_input = len(parts) == 2 and self.input in parts
+        if adds_input:
+            parts = [part for part in parts if part is not self.input]
+        links, node = self.links(parts[0]) if len(parts) == 1 else ([], None)
+        if len(links) != 2 or node is not self.input or not _is_depthwise(links[0].conv):
+            return None
+        return Separable(*links, adds_input) if _is_pointwise(links[1].conv) else None
+
     def addends(self, node) -> list:
         is_call = isinstance(node, torch.fx.Node) and node.op == "call_function" and not node.kwargs
         if is_call and node.target in _ADDITIONS and len(node.args) == 2:
@@ -131,7 +150,7 @@ class _Backwards:
         if len(links) == 1:
             return tuple(links) if links[0].conv.groups == 1 else None
         first, second = links
-        depthwise = first.conv.groups == first.conv.in_channels == first.conv.out_channels
+        depthwise = _is_depthwise(first.conv) and first.conv.in_channels == first.conv.out_channels
         return tuple(links) if depthwise and _is_pointwise(second.conv) else None
 
     def pooled(self, node) -> Link | None:
@@ -186,6 +205,10 @@ def _in_order(modules) -> bool:
     return kinds in ([], ["norm"], ["activation"])
 
 
+def _is_depthwise(conv) -> bool:
+    return 1 < conv.in_channels == conv.groups
+
+
 def _is_pointwise(conv) -> bool:
     return (
         conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding in ((0, 0), "valid") and conv.groups == 1
@@ -203,23 +226,28 @@ def _keeps_size(conv) -> bool:
     return all(p == d * (k // 2) for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size, strict=True))
 
 
-def _agrees(pyramid: Pyramid, module: torch.nn.Module) -> bool:
-    """Whether the module's own forward gives what the pyramid's parts give, on a small image."""
-    weight = pyramid.branches[0][0].conv.weight
+def _agrees(whole: Pyramid | Separable, module: torch.nn.Module) -> bool:
+    """Whether the module's own forward gives what the parts give, on a small image."""
+    convolution = (whole.first if isinstance(whole, Separable) else whole.branches[0][0]).conv
     generator = torch.Generator().manual_seed(0)
-    channels = pyramid.branches[0][0].conv.in_channels
-    x = torch.randn((2, channels, 3, 4), generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn((2, convolution.in_channels, 5, 6), generator=generator)
+    x = x.to(convolution.weight.device, convolution.weight.dtype)
     try:
-        own, parts = module(x), _by_parts(pyramid, x)
+        own = module(x)
+        parts = _separable_by_parts(whole, x) if isinstance(whole, Separable) else _pyramid_by_parts(whole, x)
     except Exception:  # whatever a stranger's forward raises on such an image
         return False
-    if not isinstance(own, torch.Tensor) or own.shape != parts.shape:
+    if not isinstance(own, torch.Tensor) or own.shape != parts.shape or not own.is_floating_point():
         return False
-    scale = float(own.abs().max())
-    return bool((own - parts).abs().max() <= 1e-2 * scale) if own.is_floating_point() else False
+    return bool((own - parts).abs().max() <= 1e-2 * own.abs().max())
 
 
-def _by_parts(pyramid: Pyramid, x) -> torch.Tensor:
+def _separable_by_parts(separable: Separable, x) -> torch.Tensor:
+    y = _run(separable.second, _run(separable.first, x))
+    return y + x if separable.adds_input else y
+
+
+def _pyramid_by_parts(pyramid: Pyramid, x) -> torch.Tensor:
     found = []
     for branch in pyramid.branches:
         y = x

@@ -137,18 +137,19 @@ def theirs(request):
 @pytest.fixture
 def fused(monkeypatch):
     """A list that gets one entry for each pyramid that ran as a whole."""
-    from fastseg.nn import aspp, fused_module, pyramid
+    from fastseg.nn import aspp, pyramid
 
     entries = []
 
     def counted(*args):
-        y = pyramid.run_pyramid(*args)
+        y = run_pyramid(*args)
         if y is not None:
             entries.append(args[0].reduction)
         return y
 
-    monkeypatch.setattr(fused_module, "run_pyramid", counted)
-    monkeypatch.setattr(aspp, "run_pyramid", counted)
+    run_pyramid = pyramid.run_pyramid
+    for module in (pyramid, aspp):
+        monkeypatch.setattr(module, "run_pyramid", counted)
     return entries
 
 
@@ -302,9 +303,9 @@ class TestAccelerate:
     def test_explain_says_what_runs_as_a_whole(self):
         model = lively(torchvision_aspp()).eval()
         line = "ASPP (ASPP, 4 concatenated branches and a pooled one)"
-        assert fastseg.explain(model, image()).fused == [f"{line} is one call for all branches"]
+        assert fastseg.explain(model, image()).fused == [f"{line} runs as a whole"]
         fastseg.accelerate(model)
-        assert fastseg.explain(model, image()).fused == [f"{line} is one call for all branches"]
+        assert fastseg.explain(model, image()).fused == [f"{line} runs as a whole"]
         model.convs[1].register_forward_hook(lambda *_: None)
         report = fastseg.explain(model, image())
         assert report.fused == []
@@ -349,6 +350,30 @@ class TestAccelerate:
 
         for model in (Cropped(CHANNELS, list(RATES), WIDTH), Shuffled(), Resized()):
             assert find_pyramids(lively(model).eval()) == {}
+
+    @pytest.mark.parametrize(
+        "options", [dict(), dict(out_chs=24), dict(dw_kernel_size=5, stride=2), dict(dilation=2)], ids=str
+    )
+    def test_timm_separable_blocks(self, options, monkeypatch):
+        from timm.models._efficientnet_blocks import DepthwiseSeparableConv
+
+        from fastseg.nn import pyramid
+
+        options = {"out_chs": CHANNELS, **options}
+        block = lively(DepthwiseSeparableConv(CHANNELS, **options)).eval()
+        native, calls = copy.deepcopy(block), []
+        run = pyramid.run_separable
+        monkeypatch.setattr(pyramid, "run_separable", lambda *args: calls.append(1) or run(*args))
+        fastseg.accelerate(block)
+        x = image()
+        with torch.no_grad():
+            exact = copy.deepcopy(native).double()(x.double())
+            assert_no_less_accurate(block(x), native(x), exact, 2, "output")
+        assert calls == [1]
+        with_gate = DepthwiseSeparableConv(
+            CHANNELS, CHANNELS, se_layer=lambda channels, **_: nn.Conv2d(channels, channels, 1)
+        )
+        assert find_pyramids(lively(with_gate).eval()) == {}
 
     def test_inside_networks(self):
         import segmentation_models_pytorch as smp

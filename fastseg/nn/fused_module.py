@@ -12,25 +12,17 @@ import torch
 
 from fastseg.nn.conv import AcceleratedConv2d, to_memory_format, under_transform
 from fastseg.nn.folding import has_foreign_hooks, original_class
-from fastseg.nn.pyramid import Pyramid, run_pyramid
+from fastseg.nn.pyramid import Pyramid, Separable
 
 Link = tuple[torch.nn.Module, str, torch.nn.Module]
 
 
 class Fusion:
-    """The pyramid that a module is, and the modules inside it as (parent, name, module)."""
+    """What a module is as a whole, and the modules inside it as (parent, name, module)."""
 
-    def __init__(self, pyramid: Pyramid, watched: list[Link]):
-        self.pyramid = pyramid
+    def __init__(self, whole: Pyramid | Separable, watched: list[Link]):
+        self.whole = whole
         self.watched = watched
-
-    def describe(self) -> str:
-        """What it is, for `fastseg.explain`."""
-        branches = self.pyramid.branches
-        kind = "separable ASPP" if any(len(branch) == 2 for branch in branches) else "ASPP"
-        form = "summed" if self.pyramid.reduction == "sum" else "concatenated"
-        pooled = " and a pooled one" if self.pyramid.pool is not None else ""
-        return f"{kind}, {len(branches)} {form} branches{pooled}"
 
     def reason_not(self) -> str | None:
         """Why the module has to run child by child, whatever the input, or None."""
@@ -61,7 +53,7 @@ class FusedModule:
         if settings.fusion.reason_not() is not None:
             return None
         input = to_memory_format(input, settings.memory_format)
-        return run_pyramid(settings.fusion.pyramid, input, settings.backend)
+        return settings.fusion.whole.run(input, settings.backend)
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)

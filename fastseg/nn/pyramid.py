@@ -77,6 +77,32 @@ class Pyramid(NamedTuple):
     dropout: torch.nn.Module | None
     pool_by_running_stats: bool = False  # for a batch of one in training
 
+    def run(self, input, backend: str | None) -> torch.Tensor | None:
+        """The result, or None where the modules have to run one by one."""
+        return run_pyramid(self, input, backend)
+
+    def describe(self) -> str:
+        kind = "separable ASPP" if any(len(branch) == 2 for branch in self.branches) else "ASPP"
+        form = "summed" if self.reduction == "sum" else "concatenated"
+        pooled = " and a pooled one" if self.pool is not None else ""
+        return f"{kind}, {len(self.branches)} {form} branches{pooled}"
+
+
+class Separable(NamedTuple):
+    """A depthwise and a pointwise convolution, and whether the input is added to their result."""
+
+    first: Link
+    second: Link
+    adds_input: bool
+
+    def run(self, input, backend: str | None) -> torch.Tensor | None:
+        """The result, or None where the modules have to run one by one."""
+        y = run_separable(self.first, self.second, input, backend)
+        return y + input if y is not None and self.adds_input else y
+
+    def describe(self) -> str:
+        return "separable convolution"
+
 
 def run_separable(first: Link, second: Link, input, backend: str | None) -> torch.Tensor | None:
     """second(first(input)) in one operator, or None where the modules have to run one by one."""
