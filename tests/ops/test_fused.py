@@ -1,4 +1,4 @@
-"""Separable convolution and ASPP beyond the promises of tests/test_contract.py: projection, statistics, scales, tracing."""
+"""Separable convolution and ASPP beyond test_contract.py: projection, statistics, scales, tracing, mistakes."""
 
 from __future__ import annotations
 
