@@ -31,8 +31,8 @@
 // What limits it. A tile of 128 x 256 gets 43 halves' products out of a byte that it reads, almost
 // always from cache, one of 128 x 128 gets 32, one of 64 x 64 gets 16; an H200 does about 100
 // products in the time that its memory takes for a byte. The 64 mma.sync of a slice and warp (tiles
-// of 128 x 128) come with 180 other instructions in forward, with 310 in grad_weight; and mma.sync
-// reaches about two thirds of what Hopper's tensor cores do with wgmma.
+// of 128 x 128) come with 140 other instructions in forward, 170 in grad_input and 320 in
+// grad_weight; and mma.sync reaches about two thirds of what Hopper's tensor cores do with wgmma.
 #pragma once
 
 #include <cstring>
@@ -52,7 +52,6 @@ namespace dilated {
 
 // ---- Constants ----
 
-constexpr int kChunkBytes = 16;
 constexpr int kSliceBytes = 128;  // of one row's or column's depth
 
 // Shared memory of a multiprocessor. Compilers learn from it how many blocks one can hold at most,
@@ -223,8 +222,8 @@ __device__ __forceinline__ void round_operands(uint32_t (&reg)[4]) {
 
 // One fragment after the other of an operand's slice, for load_matrices: four 8 x 8 matrices (seen
 // as 16-bit elements), two of them EXTENT_FIRST along rows (columns), then two along depth, or the
-// other way round. Where a lane reads is the sum of a part that all fragments share and of a
-// constant; and so is, as an exclusive or, which chunk: tiles begin at multiples of a warp's, whose
+// other way round. All that fragments share is one place in the slice: lines are added to it,
+// chunks are flipped in it by an exclusive or, because tiles begin at multiples of a warp's, whose
 // bits no fragment's place inside of it touches.
 template <typename Operand, typename Slice, bool TURNED, bool EXTENT_FIRST>
 class FragmentReader {
@@ -232,16 +231,18 @@ class FragmentReader {
   using T = Stored<Operand>;
 
   // Of the warp that begins at row (column) `first`.
-  __device__ __forceinline__ FragmentReader(const T* slice, int first) {
+  __device__ __forceinline__ FragmentReader(const T* slice, int first) : slice_(slice) {
     const int lane = lane_id();
     if constexpr (kByElement) {
-      lines_ = slice + Unit::b_k(lane, 0) * Slice::kLength + lane / 4 % Slice::kVector;
-      chunk_ = first / Slice::kVector ^ lane / 4 / Slice::kVector ^ Slice::twist(lane % 4);
+      const int chunk = first / Slice::kVector ^ lane / 4 / Slice::kVector ^ Slice::twist(lane % 4);
+      place_ =
+          Unit::b_k(lane, 0) * Slice::kLength + chunk * Slice::kVector + lane / 4 % Slice::kVector;
     } else {
       const int line = lane % 8, outer = lane / 16, inner = lane / 8 % 2;
       const int extent = EXTENT_FIRST ? inner : outer, depth = EXTENT_FIRST ? outer : inner;
-      lines_ = slice + (line + (TURNED ? 8 * depth : first + 8 * extent)) * Slice::kLength;
-      chunk_ = (TURNED ? first / Slice::kVector ^ extent : depth) ^ Slice::twist(line);
+      const int chunk = (TURNED ? first / Slice::kVector ^ extent : depth) ^ Slice::twist(line);
+      place_ = (line + (TURNED ? 8 * depth : first + 8 * extent)) * Slice::kLength +
+               chunk * Slice::kVector;
     }
   }
 
@@ -252,16 +253,14 @@ class FragmentReader {
       for (int i = 0; i < 4; ++i) {
         const int outer = i / 2, inner = i % 2;
         const int block = EXTENT_FIRST ? inner : outer, half = EXTENT_FIRST ? outer : inner;
-        const T* const line = lines_ + (Unit::K * step + Unit::K / 2 * half) * Slice::kLength;
-        const int chunk = (extent + 8 * block) / Slice::kVector ^ chunk_;
-        reg[i] = __float_as_uint(line[chunk * Slice::kVector]);
+        const int line = Unit::K * step + Unit::K / 2 * half;
+        reg[i] = __float_as_uint(slice_[line * Slice::kLength + (place_ ^ (extent + 8 * block))]);
       }
     } else if constexpr (TURNED) {
-      load_matrices<true>(reg, lines_ + Unit::K * step * Slice::kLength +
-                                   (extent / Slice::kVector ^ chunk_) * Slice::kVector);
+      load_matrices<true>(reg, slice_ + Unit::K * step * Slice::kLength + (place_ ^ extent));
     } else {
       load_matrices<false>(reg,
-                           lines_ + extent * Slice::kLength + (2 * step ^ chunk_) * Slice::kVector);
+                           slice_ + extent * Slice::kLength + (place_ ^ 2 * step * Slice::kVector));
     }
   }
 
@@ -269,10 +268,10 @@ class FragmentReader {
   using Unit = Mma<Operand>;
   // ldmatrix turns 16-bit elements only.
   static constexpr bool kByElement = TURNED && sizeof(Operand) == 4;
-  static_assert(Unit::K == 2 * Slice::kVector);
+  static_assert(Unit::K == 2 * Slice::kVector && 8 % Slice::kVector == 0);
 
-  const T* lines_;
-  int chunk_;
+  const T* slice_;
+  int place_;
 };
 
 // sums += A slice times B slice, a [rows, depth], b [depth, columns].
@@ -387,21 +386,21 @@ __device__ __forceinline__ void multiply_slices(int slices, typename Traits::T* 
     T* const a = shared + stage * Traits::kStageElements;
     fill(a, a + Traits::A::kElements);
   };
-#pragma unroll
+#pragma unroll 1  // once more would take registers from the loop behind it
   for (int stage = 0; stage < kStages - 1; ++stage) {
     if (stage < slices) fill_stage(stage);
     cp_async_commit();
   }
-  int filled = kStages - 1, multiplied = 0;  // stages
-  for (int slice = 0; slice < slices; ++slice) {
+  int stage = kStages - 1;  // the one that is free
+  for (int left = slices; left > 0; --left) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // the slice has landed, and everybody is done with the stage before it
-    if (slice + kStages - 1 < slices) fill_stage(filled);
+    if (left >= kStages) fill_stage(stage);
     cp_async_commit();
-    filled = filled + 1 < kStages ? filled + 1 : 0;
+    stage = stage + 1 < kStages ? stage + 1 : 0;
 
-    const T* const a = shared + multiplied * Traits::kStageElements;  // [rows, depth]
-    const T* const b = a + Traits::A::kElements;                      // [depth, columns]
+    const T* const a = shared + stage * Traits::kStageElements;  // [rows, depth]
+    const T* const b = a + Traits::A::kElements;                 // [depth, columns]
     if constexpr (kOnTensorCores<typename Traits::Operand>) {
       multiply_on_tensor_cores<Traits>(a, b, sums);
     } else if constexpr (std::is_same_v<T, double>) {
@@ -419,7 +418,6 @@ __device__ __forceinline__ void multiply_slices(int slices, typename Traits::T* 
         }
       }
     }
-    multiplied = multiplied + 1 < kStages ? multiplied + 1 : 0;
   }
   cp_async_wait<0>();
   __syncthreads();

@@ -22,57 +22,64 @@ std::vector<TapParams> tap_params(const Axis& axis) {
   return taps;
 }
 
-// The pixels of each tap, in every image.
-struct TapPixels {
-  std::vector<int64_t> counts;
+// How many pixels the taps of the branches have.
+struct BranchPixels {
+  const DilatedBranch* branch;
+  std::vector<int64_t> taps;  // in all images
   int64_t most;
 };
 
-TapPixels count_pixels(const DilatedProblem& problem) {
-  const Axes axes = output_axes(problem.shape);
-  TapPixels pixels{{}, 0};
-  for (const TapParams& row : tap_params(axes.rows)) {
-    for (const TapParams& column : tap_params(axes.columns)) {
-      pixels.counts.push_back(problem.shape.N * row.count.divisor * column.count.divisor);
-      pixels.most = std::max(pixels.most, pixels.counts.back());
+std::vector<BranchPixels> count_pixels(const DilatedProblem& problem) {
+  std::vector<BranchPixels> found;
+  for (const DilatedBranch& branch : problem.branches) {
+    const Axes axes = output_axes(branch.shape);
+    BranchPixels pixels{&branch, {}, 0};
+    for (const TapParams& row : tap_params(axes.rows)) {
+      for (const TapParams& column : tap_params(axes.columns)) {
+        pixels.taps.push_back(branch.shape.N * row.count.divisor * column.count.divisor);
+        pixels.most = std::max(pixels.most, pixels.taps.back());
+      }
     }
+    found.push_back(std::move(pixels));
   }
-  return pixels;
+  return found;
 }
 
 struct Splits {
   int64_t pixels;  // of one
-  int64_t count;
   double time;
 };
 
-// The best number of splits for one tile. Every split more is one more partial sum to write and to
+// The best length of splits for one tile. Every split more is one more partial sum to write and to
 // read; fewer leave multiprocessors idle.
-Splits choose_splits(const DilatedProblem& problem, const TapPixels& pixels, const TileCost& cost,
-                     int64_t slice) {
+Splits choose_splits(const DilatedProblem& problem, const std::vector<BranchPixels>& branches,
+                     const TileCost& cost, int64_t slice) {
   // A multiprocessor does so many products while it writes and reads one partial sum.
   constexpr double kPartialSum = 400;
-  const ConvShape& shape = problem.shape;
-  const int64_t tiles = ceil_div(shape.K, cost.rows) * ceil_div(shape.C, cost.columns);
-  const double sums =
-      static_cast<double>(shape.K * shape.C) * static_cast<double>(pixels.counts.size());
-  const int64_t most = std::max<int64_t>(pixels.most, 1);
+  int64_t most = 1;
+  for (const BranchPixels& pixels : branches) most = std::max(most, pixels.most);
 
-  Splits best{0, 0, std::numeric_limits<double>::infinity()};
+  Splits best{0, std::numeric_limits<double>::infinity()};
   std::vector<Work> works;
   for (const int64_t wanted : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128}) {
     const int64_t forced = problem.forced.splits;
     const int64_t length = round_up(ceil_div(most, forced > 0 ? forced : wanted), slice);
+    double sums = 0;
     works.clear();
-    for (const int64_t count : pixels.counts) {
-      works.push_back({tiles * ceil_div(count, length), std::min(length, count)});
+    for (const BranchPixels& pixels : branches) {
+      const ConvShape& shape = pixels.branch->shape;
+      const int64_t tiles = ceil_div(shape.K, cost.rows) * ceil_div(shape.C, cost.columns);
+      for (const int64_t count : pixels.taps) {
+        works.push_back({tiles * ceil_div(count, length), std::min(length, count)});
+      }
+      sums += static_cast<double>(shape.K * shape.C) * static_cast<double>(pixels.taps.size()) *
+              static_cast<double>(ceil_div(pixels.most, length));
     }
-    const int64_t splits = ceil_div(most, length);
     const double time = time_of(works, cost, problem.multiprocessors) +
-                        kPartialSum * static_cast<double>(splits) * sums / problem.multiprocessors;
-    if (length < kMaxCount && time < best.time) best = {length, splits, time};
+                        kPartialSum * sums / problem.multiprocessors;
+    if (length < kMaxCount && time < best.time) best = {length, time};
   }
-  if (best.count == 0) throw std::runtime_error("fastseg: too many pixels for one grad_weight");
+  if (best.pixels == 0) throw std::runtime_error("fastseg: too many pixels for one grad_weight");
   return best;
 }
 
@@ -96,47 +103,59 @@ struct TilesOf<double, ALL_VECTORS> {
   using type = TileList<Tile32x32>;
 };
 
+// What one launch computes.
+struct GradWeightLaunch {
+  GradWeightParams params;
+  int64_t k_tiles;     // of all grids
+  int64_t splits;      // of the tap with the most pixels
+  int64_t tap_splits;  // of the grid with the most of them, each tap with all splits
+};
+
 // One variant of the kernel, chosen for a problem.
 struct GradWeightPlan {
-  void (*launch)(const GradWeightParams& params, cudaStream_t stream);
-  Splits splits;
+  void (*launch)(const GradWeightLaunch& launched, cudaStream_t stream);
+  int tile_rows;
+  int64_t split;  // pixels
 };
 
 template <typename Traits>
-void launch_splits(const GradWeightParams& params, cudaStream_t stream) {
+void launch_splits(const GradWeightLaunch& launched, cudaStream_t stream) {
+  const GradWeightParams& params = launched.params;
   // Tiles fastest, then taps, then splits: neighbouring blocks read the same pixels.
-  launch(dilated_grad_weight_split<Traits>,
-         grid_size(ceil_div(params.C, Traits::kColumns), ceil_div(params.K, Traits::kRows),
-                   int64_t{params.splits} * params.row_taps * params.column_taps),
-         dim3(Traits::kThreads), Traits::kSharedBytes, stream, params);
-
-  using T = typename Traits::T;
-  const int64_t weights = int64_t{params.K} * params.C * params.row_taps * params.column_taps;
-  launch(dilated_grad_weight_reduce<T>,
-         grid_size(std::min(ceil_div(weights, kReduceThreads), kMaxGridX)), dim3(kReduceThreads), 0,
-         stream, params);
+  if (launched.splits > 0) {  // not every tap looks at padding alone
+    launch(dilated_grad_weight_split<Traits>,
+           grid_size(ceil_div(params.C, Traits::kColumns), launched.k_tiles, launched.tap_splits),
+           dim3(Traits::kThreads), Traits::kSharedBytes, stream, params);
+  }
+  launch(dilated_grad_weight_reduce<typename Traits::T>,
+         grid_size(std::min(ceil_div(params.weights, kReduceThreads), kMaxGridX)),
+         dim3(kReduceThreads), 0, stream, params);
 }
 
 template <typename OPERAND, bool A_VECTORS, bool B_VECTORS, typename... TILES>
 GradWeightPlan plan_tiles(TileList<TILES...>, const DilatedProblem& problem) {
   constexpr int64_t kSlice = kSliceBytes / static_cast<int64_t>(sizeof(Stored<OPERAND>));
-  const TapPixels pixels = count_pixels(problem);
+  const std::vector<BranchPixels> pixels = count_pixels(problem);
   const std::vector<TileCost> costs = {
       cost_of<GradWeightTraits<OPERAND, TILES, A_VECTORS, B_VECTORS>>()...};
   const int chosen = choose_tile(costs, problem, [&](const TileCost& cost) {
     return choose_splits(problem, pixels, cost, kSlice).time;
   });
-  constexpr void (*kLaunches[])(const GradWeightParams&, cudaStream_t) = {
+  constexpr decltype(GradWeightPlan::launch) kLaunches[] = {
       launch_splits<GradWeightTraits<OPERAND, TILES, A_VECTORS, B_VECTORS>>...};
-  return {kLaunches[chosen], choose_splits(problem, pixels, costs[chosen], kSlice)};
+  const TileCost& cost = costs[chosen];
+  return {kLaunches[chosen], cost.rows, choose_splits(problem, pixels, cost, kSlice).pixels};
 }
 
 template <typename OPERAND>
 GradWeightPlan plan_operand(const DilatedGradWeightArgs& args) {
   const DilatedProblem& problem = args.problem;
-  const bool a =
-      holds_chunks(args.grad_output, args.grad_output_strides, problem.shape.K, problem.dtype);
-  const bool b = holds_chunks(args.input, args.input_strides, problem.shape.C, problem.dtype);
+  const int64_t C = problem.branches[0].shape.C;
+  bool a = holds_chunks(args.grad_output, args.grad_output_strides, problem.outputs, problem.dtype);
+  for (const DilatedBranch& branch : problem.branches) {
+    a &= holds_chunks(branch.shape.K, problem.dtype);
+  }
+  const bool b = holds_chunks(args.input, args.input_strides, C, problem.dtype);
   const typename TilesOf<OPERAND, true>::type wide;
   const typename TilesOf<OPERAND, false>::type small;
   if (a && b) return plan_tiles<OPERAND, true, true>(wide, problem);
@@ -152,47 +171,120 @@ GradWeightPlan plan_grad_weight(const DilatedGradWeightArgs& args) {
   return plan;
 }
 
+// Collects the taps of one launch.
+class TapTable {
+ public:
+  TapTable(const DilatedGradWeightArgs& args, const GradWeightPlan& plan)
+      : args_(args), plan_(plan) {
+    clear();
+  }
+
+  bool has_room(int row_taps, int column_taps) const {
+    return found_.params.grid_count < kMaxGrids && rows_ + row_taps <= kMaxTaps &&
+           columns_ + column_taps <= kMaxTaps;
+  }
+
+  // Taps (r + i, s + j) of a branch, all of them in `rows` and `columns`.
+  void add(size_t branch, const TapParams* rows, int64_t r, int row_taps, const TapParams* columns,
+           int64_t s, int column_taps) {
+    GradWeightParams& params = found_.params;
+    const ConvShape& shape = args_.problem.branches[branch].shape;
+    const DilatedGradWeightArgs::Gradient& gradient = args_.grad_weights[branch];
+    TapGrid& grid = params.grids[params.grid_count++];
+    grid.first_tile = to_int(found_.k_tiles);
+    grid.row = rows_, grid.column = columns_;
+    grid.row_taps = row_taps, grid.column_taps = column_taps;
+    grid.K = to_int(shape.K);
+    grid.channel = to_int(args_.problem.branches[branch].first_output);
+    grid.first_weight = params.weights;
+    grid.grad_weight =
+        static_cast<char*>(gradient.data) +
+        (r * gradient.strides.h + s * gradient.strides.w) * size_of(args_.problem.dtype);
+    grid.grad_weight_strides = gradient.strides;
+
+    int64_t most_rows = 0, most_columns = 0;
+    for (int i = 0; i < row_taps; ++i) {
+      params.rows[rows_++] = rows[r + i];
+      most_rows = std::max<int64_t>(most_rows, rows[r + i].count.divisor);
+    }
+    for (int j = 0; j < column_taps; ++j) {
+      params.columns[columns_++] = columns[s + j];
+      most_columns = std::max<int64_t>(most_columns, columns[s + j].count.divisor);
+    }
+    const int64_t splits = ceil_div(shape.N * most_rows * most_columns, plan_.split);
+    found_.splits = std::max(found_.splits, splits);
+    found_.tap_splits = std::max(found_.tap_splits, splits * row_taps * column_taps);
+    found_.k_tiles += ceil_div(shape.K, plan_.tile_rows);
+    params.weights += row_taps * column_taps * shape.K * shape.C;
+  }
+
+  // What was added since the last time.
+  GradWeightLaunch take() {
+    const GradWeightLaunch taken = found_;
+    clear();
+    return taken;
+  }
+
+ private:
+  void clear() {
+    const ConvShape& shape = args_.problem.branches[0].shape;
+    found_ = {}, rows_ = columns_ = 0;
+    GradWeightParams& params = found_.params;
+    params.images = to_int(shape.N);
+    params.split = plan_.split;
+    params.C = to_int(shape.C);
+    params.grad_output = args_.grad_output, params.grad_output_strides = args_.grad_output_strides;
+    params.input = args_.input, params.input_strides = args_.input_strides;
+    params.input_row = shape.stride_h * args_.input_strides.h;
+    params.input_column = shape.stride_w * args_.input_strides.w;
+    params.partial = args_.workspace;
+  }
+
+  const DilatedGradWeightArgs& args_;
+  const GradWeightPlan& plan_;
+  GradWeightLaunch found_;
+  int rows_, columns_;
+};
+
+std::vector<GradWeightLaunch> launches_of(const DilatedGradWeightArgs& args,
+                                          const GradWeightPlan& plan) {
+  std::vector<GradWeightLaunch> launches;
+  TapTable table(args, plan);
+  for (size_t branch = 0; branch < args.problem.branches.size(); ++branch) {
+    const Axes axes = output_axes(args.problem.branches[branch].shape);
+    const std::vector<TapParams> rows = tap_params(axes.rows), columns = tap_params(axes.columns);
+    for (size_t r = 0; r < rows.size(); r += kMaxGridTaps) {
+      for (size_t s = 0; s < columns.size(); s += kMaxGridTaps) {
+        const int row_taps = static_cast<int>(std::min<size_t>(kMaxGridTaps, rows.size() - r));
+        const int column_taps =
+            static_cast<int>(std::min<size_t>(kMaxGridTaps, columns.size() - s));
+        if (!table.has_room(row_taps, column_taps)) launches.push_back(table.take());
+        table.add(branch, rows.data(), static_cast<int64_t>(r), row_taps, columns.data(),
+                  static_cast<int64_t>(s), column_taps);
+      }
+    }
+  }
+  launches.push_back(table.take());
+  return launches;
+}
+
 }  // namespace
 }  // namespace dilated
 
 int64_t dilated_grad_weight_workspace_bytes(const DilatedGradWeightArgs& args) {
   using namespace dilated;
-  const ConvShape& shape = args.problem.shape;
-  const int64_t taps = std::min<int64_t>(shape.R, kMaxTaps) * std::min<int64_t>(shape.S, kMaxTaps);
   const int64_t sum_bytes = args.problem.dtype == DataType::kFloat64 ? 8 : 4;
-  return plan_grad_weight(args).splits.count * taps * shape.K * shape.C * sum_bytes;
+  int64_t bytes = 0;
+  for (const GradWeightLaunch& launched : launches_of(args, plan_grad_weight(args))) {
+    bytes = std::max(bytes, launched.splits * launched.params.weights * sum_bytes);
+  }
+  return bytes;
 }
 
 void dilated_grad_weight(const DilatedGradWeightArgs& args, cudaStream_t stream) {
   using namespace dilated;
-  const ConvShape& shape = args.problem.shape;
   const GradWeightPlan plan = plan_grad_weight(args);
-  const Axes axes = output_axes(shape);
-  const std::vector<TapParams> rows = tap_params(axes.rows), columns = tap_params(axes.columns);
-
-  GradWeightParams params{};
-  params.images = to_int(shape.N);
-  params.stride_h = to_int(shape.stride_h), params.stride_w = to_int(shape.stride_w);
-  params.split = plan.splits.pixels, params.splits = to_int(plan.splits.count);
-  params.K = to_int(shape.K), params.C = to_int(shape.C);
-  params.grad_output = args.grad_output, params.grad_output_strides = args.grad_output_strides;
-  params.input = args.input, params.input_strides = args.input_strides;
-  params.partial = args.workspace;
-  params.grad_weight_strides = args.grad_weight_strides;
-  const Strides4& strides = args.grad_weight_strides;
-  for (size_t r = 0; r < rows.size(); r += kMaxTaps) {
-    for (size_t s = 0; s < columns.size(); s += kMaxTaps) {
-      params.row_taps = static_cast<int>(std::min<size_t>(kMaxTaps, rows.size() - r));
-      params.column_taps = static_cast<int>(std::min<size_t>(kMaxTaps, columns.size() - s));
-      std::copy_n(&rows[r], params.row_taps, params.rows);
-      std::copy_n(&columns[s], params.column_taps, params.columns);
-      params.grad_weight =
-          static_cast<char*>(args.grad_weight) +
-          (static_cast<int64_t>(r) * strides.h + static_cast<int64_t>(s) * strides.w) *
-              size_of(args.problem.dtype);
-      plan.launch(params, stream);
-    }
-  }
+  for (const GradWeightLaunch& launched : launches_of(args, plan)) plan.launch(launched, stream);
 }
 
 }  // namespace fastseg

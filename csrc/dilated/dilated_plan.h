@@ -1,4 +1,4 @@
-// How a dense convolution is cut into tiles, and how large those are. Plain arithmetic on the host,
+// How large the tiles of a dense convolution are. Plain arithmetic on the host,
 // the same on every machine with the same number of multiprocessors.
 #pragma once
 
@@ -9,10 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "csrc/common/divider.h"
 #include "csrc/common/live_taps.h"
 #include "csrc/dilated/dilated.h"
-#include "csrc/dilated/rectangles.h"
 
 namespace fastseg {
 namespace dilated {
@@ -27,86 +25,23 @@ inline int to_int(int64_t count) {
 
 // ---- Alignment ----
 
+constexpr int kChunkBytes = 16;  // that are copied at once
+
 inline bool is_aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }
 
-// Whether the channels of a tensor, which lie side by side, can be moved in chunks of 16 bytes.
+// Whether so many channels are whole chunks.
+inline bool holds_chunks(int64_t channels, DataType dtype) {
+  return channels * size_of(dtype) % kChunkBytes == 0;
+}
+
+// Whether the channels of a tensor, which lie side by side, can be moved in chunks.
 inline bool holds_chunks(const void* pointer, const Strides4& strides, int64_t channels,
                          DataType dtype) {
-  const int64_t vector = 16 / size_of(dtype);
-  return channels % vector == 0 && strides.n % vector == 0 && strides.h % vector == 0 &&
-         strides.w % vector == 0 && is_aligned(pointer, 16);
-}
-
-// ---- Rectangles, as kernels receive them ----
-
-// One axis of a rectangle: a Span whose taps, equally spaced as they are, need no list. Target
-// index + period * j reads source + step * j + source_spacing * t through tap weight +
-// weight_spacing * t, for t < taps.
-struct SpanParams {
-  int index, period, step;
-  int taps, source, source_spacing, weight, weight_spacing;
-  Divider count;
-};
-
-inline SpanParams span_params(const Span& span) {
-  SpanParams params{};
-  params.index = to_int(span.index), params.period = to_int(span.period);
-  params.step = to_int(span.step);
-  params.taps = to_int(static_cast<int64_t>(span.taps.size()));
-  params.count = Divider(to_int(span.count));
-  if (params.taps == 0) return params;
-  params.source = to_int(span.taps[0].source), params.weight = to_int(span.taps[0].weight);
-  if (params.taps == 1) return params;
-  params.source_spacing = to_int(span.taps[1].source - span.taps[0].source);
-  params.weight_spacing = to_int(span.taps[1].weight - span.taps[0].weight);
-  return params;
-}
-
-// What one launch covers: every pair of its spans. A convolution with more spans (a 3x3 filter has
-// 3 along an axis, 6 with stride 2 in grad_input) takes several launches, so that the table fits
-// into a kernel's parameters, and no memory has to be allocated or copied for it.
-constexpr int kMaxSpans = 12;
-
-struct Rectangles {
-  struct Entry {
-    int first_tile;  // of pixels
-    uint8_t rows, columns;
-  };
-
-  SpanParams rows[kMaxSpans], columns[kMaxSpans];
-  Entry entries[kMaxSpans * kMaxSpans];  // deepest first, so that no long tile starts last
-  int count;
-  int tiles;
-};
-
-// The rectangles of `row_spans` x `column_spans`, in tiles of `tile_rows` pixels.
-inline Rectangles rectangles_of(const Span* row_spans, int64_t row_count, const Span* column_spans,
-                                int64_t column_count, int64_t images, int tile_rows) {
-  Rectangles table{};
-  for (int64_t i = 0; i < row_count; ++i) table.rows[i] = span_params(row_spans[i]);
-  for (int64_t i = 0; i < column_count; ++i) table.columns[i] = span_params(column_spans[i]);
-  for (int64_t i = 0; i < row_count; ++i) {
-    for (int64_t j = 0; j < column_count; ++j) {
-      table.entries[table.count++] = {0, static_cast<uint8_t>(i), static_cast<uint8_t>(j)};
-    }
-  }
-  const auto taps = [&](const Rectangles::Entry& entry) {
-    return int64_t{table.rows[entry.rows].taps} * table.columns[entry.columns].taps;
-  };
-  std::stable_sort(
-      table.entries, table.entries + table.count,
-      [&](const Rectangles::Entry& a, const Rectangles::Entry& b) { return taps(a) > taps(b); });
-  int64_t tiles = 0;
-  for (int i = 0; i < table.count; ++i) {
-    Rectangles::Entry& entry = table.entries[i];
-    entry.first_tile = to_int(tiles);
-    tiles += ceil_div(images * row_spans[entry.rows].count * column_spans[entry.columns].count,
-                      tile_rows);
-  }
-  table.tiles = to_int(tiles);
-  return table;
+  const int64_t vector = kChunkBytes / size_of(dtype);
+  return holds_chunks(channels, dtype) && strides.n % vector == 0 && strides.h % vector == 0 &&
+         strides.w % vector == 0 && is_aligned(pointer, kChunkBytes);
 }
 
 // ---- Tiles ----

@@ -9,7 +9,7 @@ import torch
 
 from fastseg.ops.geometry import output_size
 from fastseg.ops.library import OVERLOADS
-from fastseg.testing import assert_within, expected_conv, random_tensor
+from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
 
 GATHER = {
     "float16": ("128x256", "128x128", "128x64", "128x32", "64x64", "32x32"),
@@ -150,3 +150,37 @@ def test_a_slice_at_an_odd_address_is_used_in_place(direction, operand, target):
     views = shifted(x), shifted(weight), shifted(grad_output), geometry
     assert views[0].stride(1) == 1
     assert_right(direction, *views)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["bias in the weight's dtype", "in the accumulator's"])
+@pytest.mark.parametrize(
+    ("operand", "channels", "tile"),
+    [
+        pytest.param(operand, channels, tile, id=f"{operand}-{channels}-{tile}")
+        for operand in GATHER
+        for channels in ("in chunks", "odd")
+        for tile in tiles("forward", operand, channels)
+    ],
+)
+def test_every_tile_adds_each_images_own_bias(operand, channels, tile, wide, target, monkeypatch, request):
+    """Small integers, so that the results are exact; a tile of pixels holds more than one image."""
+    if operand == "tf32":
+        request.getfixturevalue("tf32")
+    monkeypatch.setenv("FASTSEG_FORCE_TILE", tile)
+    dtype = dtype_of(operand)
+    x, weight, _, geometry = problem(dtype, target.device, CHANNELS[channels], size=(5, 4), batch=3)
+    x, weight = (
+        integer_tensor(t.shape, dtype, low=-1, high=1, seed=i, device=t.device) for i, t in enumerate((x, weight))
+    )
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = integer_tensor((3, weight.shape[0]), sums if wide else dtype, high=9, seed=5, device=x.device)
+    scale = 2.0 ** integer_tensor((weight.shape[0],), sums, low=-1, high=1, seed=6, device=x.device)
+    for options in ((bias, *geometry, "relu"), (bias, *geometry, "none", scale)):
+        ours, exact = (OVERLOADS["dilated_conv2d"][name](x, weight, *options) for name in ("cuda", "reference"))
+        assert torch.equal(ours, exact)
+
+
+def test_a_bias_of_other_images_is_refused(target):
+    x, weight, _, geometry = problem(torch.float32, target.device, (8, 16))
+    with pytest.raises(RuntimeError, match=r"expected bias of size \[16\] or \[2, 16\], .* but got \[3, 16\]"):
+        OVERLOADS["dilated_conv2d"]["cuda"](x, weight, weight.new_zeros(3, 16), *geometry, "none")
