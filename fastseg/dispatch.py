@@ -45,7 +45,7 @@ class Geometry(NamedTuple):
 class Problem(NamedTuple):
     """What a backend is chosen from: one call of one operator."""
 
-    operator: str  # "depthwise_conv2d", "dilated_conv2d" or "grouped_conv2d"
+    operator: str  # of fastseg.ops.library.OVERLOADS, or "grouped_conv2d"
     device_type: str
     dtype: torch.dtype
     geometry: Geometry | None = None  # None while tracing, where sizes may be symbols, and where any is meant
@@ -122,7 +122,7 @@ def _triton_reason(problem: Problem) -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"Triton does not import: {error}"
-    if problem.operator == "dilated_conv2d" and extension.EXTENSION is None:
+    if problem.operator in ("dilated_conv2d", "aspp_branches") and extension.EXTENSION is None:
         return f"the planner of live taps is part of the extension: {extension.MISSING}"
     return None
 
@@ -169,6 +169,8 @@ def _auto(problem: Problem) -> Choice:
         reason = reason_not("cpu", problem)
         if reason is None and problem.operator == "dilated_conv2d":
             reason = _dilated_is_native_on_cpu(problem)
+        elif reason is None and problem.operator != "depthwise_conv2d" and problem.dtype != torch.float32:
+            reason = "products of other dtypes than float32 run on native on the CPU"
         return Choice("native", reason) if reason else Choice("cpu", "faster than native in the committed records")
     return Choice("native", f"no committed record shows a kernel faster than native on {problem.device_type} tensors")
 

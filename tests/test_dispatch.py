@@ -100,6 +100,8 @@ DENSE = {
     "aspp-nchw": (dense(2048, 256, 33, dilation=12, channels_last=False), "cpu"),
     "aspp-low-rate-nchw": (dense(2048, 256, 33, dilation=6, channels_last=False), "native"),
     "1x1": (dense(160, 960, 33, kernel=1), "cpu"),
+    "1x1-in-training": (dense(256, 256, 33, kernel=1)._replace(gradient=True), "cpu"),
+    "small-1x1-in-training": (dense(64, 128, 129, kernel=1)._replace(gradient=True), "native"),
     "1x1-nchw": (dense(160, 960, 33, kernel=1, channels_last=False), "native"),
     "small-1x1-nchw": (dense(80, 200, 33, kernel=1, channels_last=False), "cpu"),
     "one-pixel": (dense(960, 240, 1, kernel=1), "native"),
@@ -107,6 +109,9 @@ DENSE = {
     "undilated": (dense(256, 256, 65), "native"),
     "thin": (dense(2048, 21, 41, dilation=12), "cpu"),
     "bfloat16": (dense(2048, 256, 33, dilation=12, dtype=torch.bfloat16), "native"),
+    "aspp-block": (dispatch.Problem("aspp_branches", "cpu", torch.float32), "cpu"),
+    "aspp-block-bfloat16": (dispatch.Problem("aspp_branches", "cpu", torch.bfloat16), "native"),
+    "separable-float64": (dispatch.Problem("separable_conv2d", "cpu", torch.float64), "native"),
     "unknown-sizes": (dispatch.Problem("dilated_conv2d", "cpu", torch.float32), "native"),
 }
 
