@@ -230,7 +230,7 @@ SEPARABLE_ASPP_CASES = {
     "v3+": BranchesCase(2, 24, (13, 9), (16, 16, 16, 16), (1, 3, 3, 3), (1, 3, 6, 9), depthwise_activation="relu"),
     "dilation-over-size": BranchesCase(1, 8, (5, 6), (8, 8), (3, 3), (7, 2)),
     "uneven-widths": BranchesCase(1, 13, (7, 6), (5, 19, 8), (1, 1, 5), (1, 1, 2)),
-    "one-branch": BranchesCase(1, 8, (5, 5), (8,), (3,), (2,)),
+    "one-branch": BranchesCase(2, 8, (7, 6), (8,), (3,), (2,)),
     "one-pixel": BranchesCase(2, 16, (1, 1), (8, 8), (1, 3), (1, 6)),
     "several-tiles": BranchesCase(1, 136, (12, 13), (72, 72, 72), (1, 3, 3), (1, 4, 8)),
     "empty-batch": BranchesCase(0, 8, (5, 5), (8, 8), (1, 3), (1, 2)),

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 import fastseg
+from fastseg.ops.dilated import reference, triton_plan
 from fastseg.ops.dilated import triton as operator
-from fastseg.ops.dilated import triton_plan
 from fastseg.ops.dilated.triton_plan import (
     BOX_CONFIGS,
     CONFIGS,
@@ -23,7 +23,7 @@ from fastseg.ops.dilated.triton_plan import (
     Device,
 )
 from fastseg.ops.triton_common import DeviceTable, conv_shape, is_interpreted
-from fastseg.testing import assert_within, expected_conv, random_tensor
+from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
 from tests.conftest import RUNG
 from tests.families import DILATED_CASES
 
@@ -69,10 +69,12 @@ def check(x, weight, bias, geometry, tf32=False):
         assert_within(result, bound, name)
 
 
-def tensors(device, dtype, images=1, channels=24, outputs=24, size=(5, 6), kernel=(3, 3)):
-    x = random_tensor((images, channels, *size), dtype, seed=1, device=device, memory_format=torch.channels_last)
-    weight = random_tensor((outputs, channels, *kernel), dtype, seed=2, device=device)
-    return x, weight, random_tensor((outputs,), dtype, seed=3, device=device)
+def tensors(
+    device, dtype, images=1, channels=24, outputs=24, size=(5, 6), kernel=(3, 3), maker=random_tensor
+):  # fmt: skip
+    x = maker((images, channels, *size), dtype, seed=1, device=device).contiguous(memory_format=torch.channels_last)
+    weight = maker((outputs, channels, *kernel), dtype, seed=2, device=device)
+    return x, weight, maker((outputs,), dtype, seed=3, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "tf32"])
@@ -114,9 +116,9 @@ def test_splits_of_the_weight_gradient(device):
     geometry = ([1, 1], [0, 0, 0, 1], [1, 1])
     shape = conv_shape(x, weight, *geometry)
     layout = triton_plan.GradWeightLayout(8, 8, False, "ieee")
-    plan, splits = triton_plan.plan_grad_weight(shape, 2, layout, H200, config)
-    assert splits >= 2 * 2 + 1, "more splits than two taps can have tiles"
-    assert plan.programs == splits
+    plan, rows = triton_plan.plan_grad_weight((shape,), (0,), 2, layout, H200, config)
+    assert plan.programs >= 2 * 2 + 1, "more splits than two taps can have tiles"
+    assert rows == 8 * plan.programs
     with operator.forced_config(config):
         check(x, weight, bias, geometry)
         grad_output = random_tensor((2, 8, 13, 11), torch.float16, seed=4, device=device)
@@ -149,6 +151,34 @@ def test_a_bias_may_be_float32(device):
         operator.forward(x, weight, bias.bfloat16(), *SAME_D2, "none")
     with pytest.raises(RuntimeError, match=r"expected scale in torch.float32, but got torch.float16"):
         operator.forward(x, weight, None, *SAME_D2, "none", bias)
+
+
+def check_image_bias(device, geometry, *, dtype=torch.float16, bias=torch.float32, channels_last=True, **sizes):
+    """Forward with a bias of each image and a scale, on integers that leave nothing to round."""
+    x, weight, _ = tensors(device, dtype, maker=integer_tensor, **sizes)
+    biases = integer_tensor((x.shape[0], weight.shape[0]), bias, seed=3, device=device)
+    scale = integer_tensor((weight.shape[0],), torch.float32, seed=4, device=device)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, weight = x.contiguous(memory_format=memory_format), weight.contiguous()
+    y = operator.forward(x, weight, biases, *geometry, "relu", scale)
+    wanted = reference.forward(x, weight, biases, *geometry, "relu", scale)
+    assert torch.equal(y, wanted)
+    assert y.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+def test_a_bias_of_each_image(channels_last, dtype, kernel, device):
+    """A tile meets several images, also where those of a 1x1 filter are one row of pixels."""
+    geometry = POINTWISE if kernel == 1 else SAME_D2
+    options = dict(images=3, channels=16, outputs=21, size=(3, 4), kernel=(kernel, kernel))
+    check_image_bias(device, geometry, dtype=dtype, bias=dtype, channels_last=channels_last, **options)
+
+
+def test_a_bias_of_each_image_beside_a_stride(device):
+    geometry = ([2, 2], [2, 2, 2, 2], [2, 2])
+    check_image_bias(device, geometry, images=2, channels=8, outputs=8, size=(5, 7))
 
 
 @pytest.mark.parametrize("cut", [slice(None), slice(8, 24)], ids=["whole", "slice"])
@@ -251,6 +281,22 @@ def test_a_crop_of_channels_and_pixels_is_described_in_place(device, launched):
     assert forward[0].base is x
     assert forward[1].base is weight
     assert grad_input[1].base is weight
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_boxes_take_a_bias_of_each_image(kernel, device, launched):
+    """Boxes reach beyond the last image and beyond the last row, which have no bias."""
+    row = next(c for c in BOX_CONFIGS if c[:4] == (1, 1, 64, 64))
+    with operator.forced_config(row if kernel == 1 else SMALL_BOX):
+        options = dict(images=3, channels=16, outputs=24, size=(5, 6), kernel=(kernel, kernel))
+        check_image_bias(device, POINTWISE if kernel == 1 else SAME_D2, **options)
+    descriptors(launched)
+
+
+def test_a_bias_of_each_image_has_a_row_of_each(device):
+    x, weight, bias = tensors(device, torch.float16, images=2, channels=8, outputs=8)
+    with pytest.raises(RuntimeError, match=r"expected bias of shape \[2, 8\]"):
+        operator.forward(x, weight, bias.expand(3, 8), *SAME_D2, "none")
 
 
 def test_axes_of_one_entry_have_any_stride(device, launched):

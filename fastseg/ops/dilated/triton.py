@@ -36,6 +36,7 @@ IS_INDEX_64, which the host sets from the sizes. Tile shapes and tables are trit
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 import triton
@@ -99,7 +100,7 @@ __all__ = [
 
 # Arguments that change from layer to layer and gain nothing from being known when a kernel is compiled.
 GRAD_WEIGHT_SIZES = (
-    *("N", "K", "C", "n_taps", "n_steps", "n_blocks_k", "n_blocks_c", "stride_h", "stride_w"),
+    *("N", "C", "n_taps", "n_steps", "n_blocks_c", "stride_h", "stride_w"),
     *("s_gyn", "s_gyp", "s_gyq", "s_xn", "s_xh", "s_xw"),
 )
 _TAP_FIELDS = tl.constexpr(TAP_FIELDS)
@@ -108,13 +109,13 @@ _TAP_FIELDS = tl.constexpr(TAP_FIELDS)
 # fmt: off
 @triton.jit(do_not_specialize=GRAD_WEIGHT_SIZES)
 def dilated_grad_weight(
-    p_gy,  # [N, K, P, Q], channels adjacent
+    p_gy,  # [N, output channels, P, Q], channels adjacent
     p_x,  # [N, C, H, W], channels adjacent
-    p_partials,  # [splits, K, C] fp32
+    p_partials,  # [rows, C] fp32: for each tap [splits, K]
     p_taps,  # [n_taps + 1, TAP_FIELDS]
-    N, K, C, n_taps,
+    N, C, n_taps,
     n_steps,  # of a program
-    n_blocks_k, n_blocks_c,
+    n_blocks_c,
     stride_h, stride_w,
     s_gyn, s_gyp, s_gyq,
     s_xn, s_xh, s_xw,
@@ -123,13 +124,13 @@ def dilated_grad_weight(
 ):
     # fmt: on
     ITEMSIZE: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth // 8
-    i_c, i_split = split_index(tl.program_id(0), n_blocks_c)
-    i_k, i_split = split_index(i_split, n_blocks_k)
-    p_tap = find_row(p_taps, i_split, n_taps, _TAP_FIELDS, BLOCK_TAPS)
-    i_part = i_split - tl.load(p_tap)
-    i_p, n_p, i_h = tl.load(p_tap + 1).to(tl.int64), tl.load(p_tap + 2), tl.load(p_tap + 3).to(tl.int64)
-    i_q, n_q, i_w = tl.load(p_tap + 4).to(tl.int64), tl.load(p_tap + 5), tl.load(p_tap + 6).to(tl.int64)
-    p_gy += i_p * s_gyp + i_q * s_gyq
+    p_tap = find_row(p_taps, tl.program_id(0), n_taps, _TAP_FIELDS, BLOCK_TAPS)
+    i_channel, K = tl.load(p_tap + 2), tl.load(p_tap + 3)
+    i_p, n_p, i_h = tl.load(p_tap + 4).to(tl.int64), tl.load(p_tap + 5), tl.load(p_tap + 6).to(tl.int64)
+    i_q, n_q, i_w = tl.load(p_tap + 7).to(tl.int64), tl.load(p_tap + 8), tl.load(p_tap + 9).to(tl.int64)
+    i_c, i_part = split_index(tl.program_id(0) - tl.load(p_tap), n_blocks_c)
+    i_k, i_part = split_index(i_part, tl.cdiv(K, BLOCK_M))
+    p_gy += i_p * s_gyp + i_q * s_gyq + i_channel
     p_x += i_h * s_xh + i_w * s_xw
 
     i_first = widen(i_part, IS_INDEX_64) * n_steps * BLOCK_D
@@ -164,34 +165,37 @@ def dilated_grad_weight(
         o_p = tl.where(is_next_image, o_p - n_p, o_p)
         o_image += jump_image + is_next_image.to(tl.int32)
 
-    p_partials += i_split.to(tl.int64) * K * C
+    p_partials += (tl.load(p_tap + 1).to(tl.int64) + i_part.to(tl.int64) * K) * C
     o_partials = o_k[:, None] * C + o_c[None, :]
     store_tile(p_partials, o_partials, acc, (o_k < K)[:, None] & m_c[None, :], GROUP_X)  # [BLOCK_M, BLOCK_N]
 
 
 # fmt: off
-@triton.jit(do_not_specialize=("K", "C", "S"))
+@triton.jit(do_not_specialize=("K", "C", "S", "i_first_tap"))
 def dilated_grad_weight_reduce(
-    p_partials,  # [splits, K, C] fp32
+    p_partials,  # [rows, C] fp32: for each tap [splits, K]
     p_gw,  # [K, C, R, S]
-    p_taps,  # [R * S + 1, TAP_FIELDS]
+    p_taps,  # [taps + 1, TAP_FIELDS], R * S of them of this weight
     K, C, S,
+    i_first_tap,
     s_gwk, s_gwc, s_gwr, s_gws,
     BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     # fmt: on
     i_block, i_tap = split_index(tl.program_id(0), tl.cdiv(tl.cast(K, tl.int64) * C, BLOCK).to(tl.int32))
-    i_first = tl.load(p_taps + i_tap * _TAP_FIELDS).to(tl.int64)
-    i_last = tl.load(p_taps + (i_tap + 1) * _TAP_FIELDS).to(tl.int64)
+    p_tap = p_taps + (i_first_tap + i_tap) * _TAP_FIELDS
+    i_first = tl.load(p_tap + 1)
+    n_splits = (tl.load(p_tap + _TAP_FIELDS + 1) - i_first) // K
+    n_weights = tl.cast(K, tl.int64) * C
+    p_partials += i_first.to(tl.int64) * C
     o_weight = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    n_weights = tl.cast(K, tl.int64) * C
     m_weight = o_weight < n_weights
 
     acc = tl.zeros([BLOCK_SPLITS, BLOCK], tl.float32)
-    for i_split in tl.range(i_first, i_last, BLOCK_SPLITS):
+    for i_split in tl.range(0, n_splits, BLOCK_SPLITS):
         o_partials = (i_split + o_split) * n_weights + o_weight[None, :]
-        m_partials = (i_split + o_split < i_last) & m_weight[None, :]
+        m_partials = (i_split + o_split < n_splits) & m_weight[None, :]
         acc += tl.load(p_partials + o_partials, mask=m_partials, other=0)  # [BLOCK_SPLITS, BLOCK]
     b_sum = tl.sum(acc, 0)  # [BLOCK]
 
@@ -201,18 +205,18 @@ def dilated_grad_weight_reduce(
     tl.store(p_gw + o_gw, b_sum.to(p_gw.dtype.element_ty), mask=m_weight)  # [BLOCK]
 
 
-_forced: Config | BoxConfig | None = None
+forced: Config | BoxConfig | None = None
 
 
 @contextlib.contextmanager
 def forced_config(config: Config | BoxConfig):
     """Run every kernel with `config`, whatever the problem; with boxes only where a kernel can take them."""
-    global _forced
-    previous, _forced = _forced, config
+    global forced
+    previous, forced = forced, config
     try:
         yield
     finally:
-        _forced = previous
+        forced = previous
 
 
 def forward(input, weight, bias, stride, padding, dilation, activation, scale=None):
@@ -221,7 +225,7 @@ def forward(input, weight, bias, stride, padding, dilation, activation, scale=No
     Args:
         input: [N, C, H, W], any strides; float16, bfloat16 or float32.
         weight: [K, C, R, S], the same dtype and device.
-        bias: [K] or None, in the weight's dtype or float32.
+        bias: [K], [N, K] (one of each image) or None, in the weight's dtype or float32.
         stride, dilation: (height, width).
         padding: (top, bottom, left, right).
         activation: "none", "relu", "relu6", "hardswish" or "silu".
@@ -231,18 +235,15 @@ def forward(input, weight, bias, stride, padding, dilation, activation, scale=No
         [N, K, P, Q] in the memory format torch.nn.functional.conv2d would give it.
     """
     shape = _dense_shape(input, weight, stride, padding, dilation)
-    if bias is not None and bias.dtype != torch.float32:
-        check_like("bias", bias, (shape.K,), input)
-    for name, vector in (("bias", bias), ("scale", scale)):
-        if vector is not None and (vector.shape != (shape.K,) or vector.device != input.device):
-            fail(f"{name} of shape {[shape.K]} on {input.device}", f"{list(vector.shape)} on {vector.device}")
-    if scale is not None and scale.dtype != torch.float32:
-        fail("scale in torch.float32", f"{scale.dtype}")
+    if bias is not None:
+        check_bias(bias, (shape.N, shape.K) if bias.dim() == 2 else (shape.K,), input)
+    if scale is not None:
+        check_scale(scale, shape.K, input)
     with on_device(input):
         output = empty_output(input, weight, (shape.P, shape.Q))
         if output.numel() > 0:
             _launch_product(
-                "outputs", shape, padding, input, weight, output, _vector(scale), _vector(bias), activation
+                "outputs", shape, padding, input, weight, output, vector(scale), vector(bias), activation
             )  # fmt: skip
     return output
 
@@ -272,7 +273,7 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
         if grad_input is not None:
             _launch_product("inputs", shape, padding, gy, weight, grad_input)
         if grad_weight is not None:
-            _launch_grad_weight(shape, gy, coalesced(input, torch.channels_last), grad_weight)
+            launch_grad_weights([shape], [0], gy, coalesced(input, torch.channels_last), [grad_weight])
     return grad_input, grad_weight, grad_bias
 
 
@@ -280,25 +281,28 @@ def _launch_product(
     targets, shape: ConvShape, padding, source, weight, target, scale=None, bias=None, activation="none"
 ) -> None:
     source, weight = coalesced(source, torch.channels_last), coalesced(weight, torch.channels_last)
-    result = target if target.stride(1) == 1 or target.shape[1] == 1 else _channels_last_like(target)
-    image = result
+    result = adjacent_channels(target)
+    image, n_row = result, shape.Q if targets == "outputs" else shape.W
     if _is_pointwise(shape, padding) and _is_one_row(source) and _is_one_row(result):
-        source, image = _as_one_row(source), _as_one_row(result)
+        source, image, n_row = _as_one_row(source), _as_one_row(result), result.shape[2] * result.shape[3]
         shape = shape._replace(N=1, H=1, W=image.shape[3], P=1, Q=image.shape[3])
     layout = Layout(
         GROUP_SOURCE=group_size(source.shape[1], source),
         GROUP_WEIGHT=group_size(shape.C, weight),
         GROUP_TARGET=group_size(image.shape[1], image),
-        IS_INDEX_64=_needs_index_64(source, weight, image),
-        PRECISION=_precision(source.dtype),
+        IS_INDEX_64=needs_wide_offsets(source, weight, image),
+        PRECISION=precision(source.dtype),
     )
     describable = can_describe(source) and can_describe(weight)
     limits = device_limits(source.device)
-    plan = plan_product(targets, shape, tuple(padding), source.element_size(), layout, describable, limits, _forced)
+    has_image_bias = bias is not None and bias.dim() == 2
+    plan = plan_product(
+        targets, shape, tuple(padding), source.element_size(), layout, describable, limits, forced, has_image_bias
+    )
     if plan.has_boxes:
         kernel, operands = dilated_product_boxes, _descriptors(source, weight, plan.arguments)
     else:
-        strides_s, strides_w = _outer_strides("s_sn s_sh s_sw", source), _outer_strides("s_wk s_wr s_ws", weight)
+        strides_s, strides_w = outer_strides("s_sn s_sh s_sw", source), outer_strides("s_wk s_wr s_ws", weight)
         kernel, operands = dilated_product, {"p_source": source, "p_weight": weight, **strides_s, **strides_w}
     launch(
         kernel,
@@ -308,7 +312,8 @@ def _launch_product(
         p_bias=bias,
         p_target=image,
         p_rectangles=plan.table.on(source.device),
-        **_outer_strides("s_tn s_th s_tw", image),
+        n_row=n_row,
+        **outer_strides("s_tn s_th s_tw", image),
         ACTIVATION=activation,
         **plan.arguments,
     )
@@ -327,17 +332,28 @@ def _descriptors(source, weight, arguments) -> dict:
     }
 
 
-def _launch_grad_weight(shape: ConvShape, gy, x, grad_weight) -> None:
+def launch_grad_weights(shapes, channels, gy, x, grad_weights) -> None:
+    """The gradients of the weights of convolutions of one input with one stride, in one launch and a second stage each.
+
+    Args:
+        shapes: of each convolution.
+        channels: where the output of each one begins in `gy`.
+        gy, x: [N, output channels, P, Q] and [N, C, H, W], channels adjacent.
+        grad_weights: what is filled, [K, C, R, S] each, any strides.
+    """
+    C = shapes[0].C
     layout = GradWeightLayout(
-        GROUP_GY=group_size(shape.K, gy),
-        GROUP_X=group_size(shape.C, x),
-        IS_INDEX_64=_needs_index_64(gy, x, grad_weight),
-        PRECISION=_precision(x.dtype),
+        GROUP_GY=math.gcd(group_size(gy.shape[1], gy), *(shape.K for shape in shapes)),
+        GROUP_X=group_size(C, x),
+        IS_INDEX_64=needs_wide_offsets(gy, x, *grad_weights),
+        PRECISION=precision(x.dtype),
     )
-    plan, splits = plan_grad_weight(shape, x.element_size(), layout, device_limits(x.device), _forced)
-    partials = gy.new_empty((splits, shape.K, shape.C), dtype=torch.float32)
+    plan, rows = plan_grad_weight(
+        tuple(shapes), tuple(channels), x.element_size(), layout, device_limits(x.device), forced
+    )
+    partials = gy.new_empty((rows, C), dtype=torch.float32)
     taps = plan.table.on(x.device)
-    if splits > 0:
+    if plan.programs > 0:
         launch(
             dilated_grad_weight,
             plan.programs,
@@ -345,24 +361,47 @@ def _launch_grad_weight(shape: ConvShape, gy, x, grad_weight) -> None:
             p_x=x,
             p_partials=partials,
             p_taps=taps,
-            **_outer_strides("s_gyn s_gyp s_gyq", gy),
-            **_outer_strides("s_xn s_xh s_xw", x),
+            **outer_strides("s_gyn s_gyp s_gyq", gy),
+            **outer_strides("s_xn s_xh s_xw", x),
             **plan.arguments,
         )
-    launch(
-        dilated_grad_weight_reduce,
-        cdiv(shape.K * shape.C, REDUCE_BLOCK) * shape.R * shape.S,
-        p_partials=partials,
-        p_gw=grad_weight,
-        p_taps=taps,
-        K=shape.K,
-        C=shape.C,
-        S=shape.S,
-        **strides("s_gwk s_gwc s_gwr s_gws", grad_weight),
-        BLOCK_SPLITS=REDUCE_BLOCK_SPLITS,
-        BLOCK=REDUCE_BLOCK,
-        num_warps=4,
-    )
+    first_tap = 0
+    for shape, grad_weight in zip(shapes, grad_weights, strict=True):
+        launch(
+            dilated_grad_weight_reduce,
+            cdiv(shape.K * C, REDUCE_BLOCK) * shape.R * shape.S,
+            p_partials=partials,
+            p_gw=grad_weight,
+            p_taps=taps,
+            K=shape.K,
+            C=C,
+            S=shape.S,
+            i_first_tap=first_tap,
+            **strides("s_gwk s_gwc s_gwr s_gws", grad_weight),
+            BLOCK_SPLITS=REDUCE_BLOCK_SPLITS,
+            BLOCK=REDUCE_BLOCK,
+            num_warps=4,
+        )
+        first_tap += shape.R * shape.S
+
+
+def check_bias(bias, size: tuple[int, ...], like) -> None:
+    """Raise unless `bias` has this size, the device of `like`, and its dtype or the accumulator's."""
+    if bias.dtype != torch.float32:
+        check_like("bias", bias, size, like)
+    _check_size("bias", bias, size, like)
+
+
+def check_scale(scale, channels: int, like) -> None:
+    """Raise unless `scale` has one float32 a channel, on the device of `like`."""
+    _check_size("scale", scale, (channels,), like)
+    if scale.dtype != torch.float32:
+        fail("scale in torch.float32", f"{scale.dtype}")
+
+
+def _check_size(name: str, tensor, size: tuple[int, ...], like) -> None:
+    if tensor.shape != size or tensor.device != like.device:
+        fail(f"{name} of shape {list(size)} on {like.device}", f"{list(tensor.shape)} on {tensor.device}")
 
 
 def _dense_shape(input, weight, stride, padding, dilation) -> ConvShape:
@@ -388,27 +427,30 @@ def _as_one_row(tensor):
     return tensor.permute(0, 2, 3, 1).flatten(0, 2).T[None, :, None]
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """How torch multiplies in convolutions of this dtype, at this moment."""
     if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
-def _needs_index_64(*tensors) -> bool:
+def needs_wide_offsets(*tensors) -> bool:
     """Whether an offset leaves 32 bits; tiles reach beyond the last pixel by less than 512."""
     offsets = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
     return needs_index_64(*(offset + 512 for offset in offsets))
 
 
-def _outer_strides(names: str, tensor) -> dict[str, int]:
+def outer_strides(names: str, tensor) -> dict[str, int]:
     """The strides of images, rows and columns; channels are adjacent."""
     return dict(zip(names.split(), (tensor.stride(0), tensor.stride(2), tensor.stride(3)), strict=True))
 
 
-def _channels_last_like(tensor):
-    return torch.empty_like(tensor, memory_format=torch.channels_last)
+def adjacent_channels(target):
+    """`target` itself where its channels are adjacent, else another tensor for its values, channels_last."""
+    if target.stride(1) == 1 or target.shape[1] == 1:
+        return target
+    return torch.empty_like(target, memory_format=torch.channels_last)
 
 
-def _vector(tensor):
+def vector(tensor):
     return None if tensor is None else tensor.contiguous()

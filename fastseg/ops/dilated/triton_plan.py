@@ -7,12 +7,13 @@ and over. Which taps are live where is live_taps.py's knowledge; here rectangles
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from fastseg.ops.geometry import live_outputs
-from fastseg.ops.live_taps import Rectangle, Span, rectangles
+from fastseg.ops.live_taps import Rectangle, Tap, rectangles
 from fastseg.ops.triton_common import ConvShape, DeviceTable, cdiv, is_interpreted
 
 
@@ -113,6 +114,7 @@ BOX_CONFIGS = tuple(
     for box in _BOXES[pixels]
 )
 MAX_BOX_BYTES = 256  # of a thread's results in the dtype: TF32 is rounded in registers, which leaves half as many
+MAX_IMAGE_BIAS = 64  # results of a thread that boxes leave beside the image of each pixel, of which a bias is taken
 # ptxas spills a register or two where that fits one more block on a multiprocessor, with addresses for every element.
 NO_SPILLS = {"maxnreg": 255}
 
@@ -169,10 +171,11 @@ class Plan(NamedTuple):
 
 # Columns of the kernels' tables, as triton.py reads them.
 # rectangles: first tile, then for rows and columns: index, count, taps, source, its jump, weight, its jump
-# taps of grad_weight: first split, then for rows and columns: first output, outputs, first input
+# taps of grad_weight: first program, first row of partial sums, first output channel, output channels,
+#     then for rows and columns: first output, outputs, first input
 SPAN_FIELDS = 7
 RECTANGLE_FIELDS = 1 + 2 * SPAN_FIELDS
-TAP_FIELDS = 1 + 2 * 3
+TAP_FIELDS = 4 + 2 * 3
 
 
 @functools.lru_cache(maxsize=64)
@@ -245,6 +248,7 @@ def plan_product(
     can_describe: bool,
     device: Device,
     forced: Config | BoxConfig | None,
+    has_image_bias: bool = False,
 ) -> Plan:
     """The launch of dilated_product, or of dilated_product_boxes, for `targets` "outputs" (forward) or "inputs"
     (grad_input).
@@ -276,39 +280,41 @@ def plan_product(
     spacing = _steps_of(found[0])
     has_neighbours = set(spacing.values()) == {1}  # a box of targets reads boxes of the source
     boxes = boxes_for(itemsize, layout, device) if can_describe and has_neighbours else ()
+    if has_image_bias:
+        boxes = tuple(c for c in boxes if c.results_per_thread <= MAX_IMAGE_BIAS)
     if isinstance(forced, BoxConfig) and forced not in boxes:
         forced = None
     config = forced or choose_config((*configs, *boxes), device, itemsize, tiles, columns, steps)
     rows, first = [], 0
     for rectangle, count in zip(found, tiles(config), strict=True):
-        rows.append((first, *_span_fields(rectangle.rows), *_span_fields(rectangle.columns)))
+        spans = rectangle.rows, rectangle.columns
+        rows.append((first, *(field for s in spans for field in (s.index, s.count, *tap_fields(s.taps)))))
         first += count
     n_blocks = cdiv(columns, config.BLOCK_N)
     arguments = {
         "N": shape.N,
         "n_columns": columns,
         "n_rectangles": len(rows),
-        "n_steps": cdiv(depth, config.depth(itemsize)),
         "n_blocks": n_blocks,
-        "BLOCK_RECTANGLES": _power_of_two(len(rows)),
+        "BLOCK_RECTANGLES": power_of_two(len(rows)),
         "IS_GRAD_INPUT": targets == "inputs",
-        **_tile_arguments(config, itemsize, layout.PRECISION, loads, layout.GROUP_TARGET),
+        **tile_arguments(config, itemsize, layout.PRECISION, loads, layout.GROUP_TARGET),
     }
     has_boxes = isinstance(config, BoxConfig)
     if has_boxes:
         arguments |= {name: getattr(layout, name) for name in ("GROUP_TARGET", "IS_INDEX_64", "PRECISION")}
+        arguments["n_steps"] = cdiv(depth, config.depth(itemsize))
     else:
         is_whole = depth % config.depth(itemsize) == 0
         arguments |= {"n_depth": depth, "IS_DEPTH_WHOLE": is_whole, **spacing, **layout._asdict()}
     return Plan(first * n_blocks, DeviceTable(rows), arguments, has_boxes)
 
 
-def _span_fields(span: Span) -> tuple[int, ...]:
+def tap_fields(taps: Sequence[Tap]) -> tuple[int, ...]:
     """Live taps are equally spaced along the source and along the filter: first and jump describe them."""
-    first = span.taps[0] if span.taps else (0, 0)
-    second = span.taps[1] if len(span.taps) > 1 else first
-    jumps = (second[0] - first[0], second[1] - first[1])
-    return span.index, span.count, len(span.taps), first[0], jumps[0], first[1], jumps[1]
+    first = taps[0] if taps else (0, 0)
+    second = taps[1] if len(taps) > 1 else first
+    return len(taps), first[0], second[0] - first[0], first[1], second[1] - first[1]
 
 
 def _steps_of(rectangle: Rectangle) -> dict[str, int]:
@@ -323,26 +329,38 @@ def _steps_of(rectangle: Rectangle) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1024)
 def plan_grad_weight(
-    shape: ConvShape, itemsize: int, layout: GradWeightLayout, device: Device, forced: Config | BoxConfig | None
+    shapes: tuple[ConvShape, ...],
+    channels: tuple[int, ...],
+    itemsize: int,
+    layout: GradWeightLayout,
+    device: Device,
+    forced: Config | BoxConfig | None,
 ) -> tuple[Plan, int]:
-    """The launch of dilated_grad_weight, and its number of splits over all taps.
+    """The launch of dilated_grad_weight, and the rows of partial sums [rows, C] that it leaves.
+
+    `shapes`: convolutions of one input with one stride; `channels`: the first channel of each one's output in
+    grad_output. The table lists the taps of one after those of the other, so each convolution's second stage finds its
+    own from some row on.
 
     The pixels of each tap are split where its live outputs are more than one program should sum up, so all programs
     but the last of a tap are equally long. A tap without live outputs has no split.
     """
-    spans = [(row, column) for row in _tap_rows(shape) for column in _tap_columns(shape)]
-    pixels = [shape.N * row[1] * column[1] for row, column in spans]
+    taps = [(i, row, column) for i, s in enumerate(shapes) for row in _tap_rows(s) for column in _tap_columns(s)]
+    pixels = [shapes[i].N * row[1] * column[1] for i, row, column in taps]
+    C = shapes[0].C
 
-    def splits(c: Config, steps: int) -> list[int]:
-        return [cdiv(n, steps * c.depth(itemsize)) for n in pixels]
+    def blocks(c: Config, i: int) -> int:
+        return cdiv(shapes[i].K, c.BLOCK_M) * cdiv(C, c.BLOCK_N)
+
+    def programs(c: Config, steps: int) -> list[int]:
+        return [blocks(c, i) * cdiv(n, steps * c.depth(itemsize)) for (i, *_), n in zip(taps, pixels, strict=True)]
 
     def steps_of_program(c: Config) -> int:
-        allowed = TARGET_PROGRAMS // (cdiv(shape.K, c.BLOCK_M) * cdiv(shape.C, c.BLOCK_N))
-        allowed = max(allowed, sum(n > 0 for n in pixels))
-        steps = max(MIN_STEPS, sum(splits(c, 1)) // allowed)
-        while sum(splits(c, steps)) > allowed:  # each tap rounds up
+        allowed = max(TARGET_PROGRAMS, sum(programs(c, max(1, *pixels))))
+        steps = max(MIN_STEPS, sum(programs(c, 1)) // allowed)
+        while sum(programs(c, steps)) > allowed:  # each tap rounds up
             steps += 1 + steps // 16
-        return min(steps, max(1, *splits(c, 1)))  # no longer than the longest tap
+        return min(steps, cdiv(max(1, *pixels), c.depth(itemsize)))  # no longer than the longest tap
 
     loads = min(layout.GROUP_GY, layout.GROUP_X)
     if isinstance(forced, BoxConfig):
@@ -351,32 +369,30 @@ def plan_grad_weight(
         configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_X),
         device,
         itemsize,
-        tiles=lambda c: [sum(splits(c, steps_of_program(c))) * cdiv(shape.K, c.BLOCK_M)],
-        columns=shape.C,
+        tiles=lambda c: [sum(programs(c, steps_of_program(c))) // cdiv(C, c.BLOCK_N)],
+        columns=C,
         steps=lambda c: [steps_of_program(c)],
     )
     steps = steps_of_program(config)
-    rows, first = [], 0
-    for (row, column), count in zip(spans, splits(config, steps), strict=True):
-        rows.append((first, *row, *column))
+    rows, first, first_partial = [], 0, 0
+    for (i, row, column), count in zip(taps, programs(config, steps), strict=True):
+        rows.append((first, first_partial, channels[i], shapes[i].K, *row, *column))
         first += count
-    table = DeviceTable([*rows, (first,) + (0,) * (TAP_FIELDS - 1)])  # the last row ends the last tap's splits
-    n_blocks_k, n_blocks_c = cdiv(shape.K, config.BLOCK_M), cdiv(shape.C, config.BLOCK_N)
+        first_partial += count // blocks(config, i) * shapes[i].K
+    table = DeviceTable([*rows, (first, first_partial) + (0,) * (TAP_FIELDS - 2)])  # the last row ends the last tap
     arguments = {
-        "N": shape.N,
-        "K": shape.K,
-        "C": shape.C,
+        "N": shapes[0].N,
+        "C": C,
         "n_taps": len(rows),
         "n_steps": steps,
-        "n_blocks_k": n_blocks_k,
-        "n_blocks_c": n_blocks_c,
-        "stride_h": shape.stride_h,
-        "stride_w": shape.stride_w,
-        "BLOCK_TAPS": _power_of_two(len(rows)),
+        "n_blocks_c": cdiv(C, config.BLOCK_N),
+        "stride_h": shapes[0].stride_h,
+        "stride_w": shapes[0].stride_w,
+        "BLOCK_TAPS": power_of_two(len(rows)),
         **layout._asdict(),
-        **_tile_arguments(config, itemsize, layout.PRECISION, loads),
+        **tile_arguments(config, itemsize, layout.PRECISION, loads),
     }
-    return Plan(first * n_blocks_k * n_blocks_c, table, arguments), first
+    return Plan(first, table, arguments), first_partial
 
 
 def _tap_rows(shape: ConvShape) -> list[tuple[int, int, int]]:
@@ -396,12 +412,12 @@ def _tap_spans(taps: int, size: int, outputs: int, stride: int, pad: int, dilati
     return spans
 
 
-def _tile_arguments(config: Config | BoxConfig, itemsize: int, precision: str, *groups: int) -> dict[str, int]:
+def tile_arguments(config: Config | BoxConfig, itemsize: int, precision: str, *groups: int) -> dict[str, int]:
     is_ieee = itemsize == 4 and precision == "ieee"
     options = NO_SPILLS if is_ieee or is_narrow(itemsize, *groups) else {}
     return {**config._asdict(), "BLOCK_D": config.depth(itemsize), **options}
 
 
-def _power_of_two(count: int, smallest: int = 16) -> int:
+def power_of_two(count: int, smallest: int = 16) -> int:
     """The power of two that holds `count`, from a few: each compiles a kernel."""
     return max(smallest, 1 << (count - 1).bit_length())

@@ -37,10 +37,10 @@ from fastseg.ops.triton_common import activate, in_groups, multiply_add, split_i
 # Arguments that change from layer to layer and gain nothing from being known when a kernel is compiled: alignment is
 # told by GROUP_*.
 PRODUCT_SIZES = (
-    *("N", "n_depth", "n_columns", "n_rectangles", "n_steps", "n_blocks", "period_h", "period_w", "step_h", "step_w"),
-    *("s_sn", "s_sh", "s_sw", "s_wk", "s_wr", "s_ws", "s_tn", "s_th", "s_tw"),
+    *("N", "n_depth", "n_columns", "n_rectangles", "n_blocks", "period_h", "period_w", "step_h", "step_w"),
+    *("n_row", "s_sn", "s_sh", "s_sw", "s_wk", "s_wr", "s_ws", "s_tn", "s_th", "s_tw"),
 )
-BOX_SIZES = ("N", "n_columns", "n_rectangles", "n_steps", "n_blocks", "s_tn", "s_th", "s_tw")
+BOX_SIZES = ("N", "n_columns", "n_rectangles", "n_steps", "n_blocks", "n_row", "s_tn", "s_th", "s_tw")
 _RECTANGLE_FIELDS = tl.constexpr(RECTANGLE_FIELDS)
 _SPAN_FIELDS = tl.constexpr(SPAN_FIELDS)
 
@@ -83,82 +83,26 @@ def next_step(i_depth, i_row, i_column, n_r, n_s, BLOCK_D: tl.constexpr):
 
 # fmt: off
 @triton.jit
-def store_product(
+def add_taps(
     acc,  # [BLOCK_M, BLOCK_N]
-    p_scale, p_bias, p_target,
-    o_target, m_pixel,  # [BLOCK_M]
+    p_source,  # the first source channel of the first tap
+    p_weight,  # [n_depth or n_columns, of that tap]
+    o_source,  # [BLOCK_M]
     o_column,  # [BLOCK_N]
-    n_columns,
-    GROUP_TARGET: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-):
-    # fmt: on
-    """Scale, bias, activation, and the rows and columns of a tile that exist."""
-    m_column = o_column < in_groups(n_columns, GROUP_TARGET)
-    if HAS_SCALE:
-        acc *= tl.load(p_scale + o_column, mask=m_column)[None, :]  # [1, BLOCK_N]
-    if HAS_BIAS:
-        acc += tl.load(p_bias + o_column, mask=m_column).to(tl.float32)[None, :]  # [1, BLOCK_N]
-    o_target = o_target[:, None] + o_column[None, :]
-    m_target = m_pixel[:, None] & m_column[None, :]
-    store_tile(p_target, o_target, activate(acc, ACTIVATION), m_target, GROUP_TARGET)  # [BLOCK_M, BLOCK_N]
-
-
-def _product_name(specialization) -> str:
-    name = "dilated_grad_input" if specialization.constants["IS_GRAD_INPUT"] else "dilated_forward"
-    return name + "_boxes" if "BOX_N" in specialization.constants else name
-
-
-# The flags that every product derives from its arguments.
-has_vectors = triton.heuristics(
-    {
-        "HAS_SCALE": lambda args: args["p_scale"] is not None,
-        "HAS_BIAS": lambda args: args["p_bias"] is not None,
-    }
-)
-
-
-# fmt: off
-@has_vectors
-@triton.jit(do_not_specialize=PRODUCT_SIZES, repr=_product_name)
-def dilated_product(
-    p_source,  # [N, n_depth, source rows, source columns]: x or gy, channels adjacent
-    p_weight,  # [K, C, R, S], channels adjacent
-    p_scale,  # [n_columns] fp32 or None
-    p_bias,  # [n_columns] or None
-    p_target,  # [N, n_columns, target rows, target columns]: y or gx, channels adjacent
-    p_rectangles,  # [n_rectangles, RECTANGLE_FIELDS]
-    N, n_depth, n_columns, n_rectangles,
-    n_steps,  # of the sum, for each tap
-    n_blocks,  # of columns
-    period_h, period_w,  # from one target of a rectangle to the next
-    step_h, step_w,  # and from its source to the next one's
-    s_sn, s_sh, s_sw,
-    s_wk, s_wr, s_ws,
-    s_tn, s_th, s_tw,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_RECTANGLES: tl.constexpr,
-    GROUP_SOURCE: tl.constexpr, GROUP_WEIGHT: tl.constexpr, GROUP_TARGET: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    n_depth, n_columns,
+    n_r, n_s,  # live taps of a column and of a row
+    jump_sh, jump_sw,  # from one to the next, in the source
+    jump_r, jump_s,  # and in the weight
+    s_wk,
+    BLOCK_D: tl.constexpr, GROUP_SOURCE: tl.constexpr, GROUP_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr,
 ):
     # fmt: on
+    """acc and the product of a tile, over all live taps of its rectangle and all source channels."""
     ITEMSIZE: tl.constexpr = p_source.dtype.element_ty.primitive_bitwidth // 8
-    i_block, i_tile = split_index(tl.program_id(0), n_blocks)
-    p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
-    i_tile -= tl.load(p_rectangle)
-    i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 1, tl.int64)
-    i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 1 + _SPAN_FIELDS, tl.int64)
-
-    o_pixel = widen(i_tile, IS_INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_pixels = widen(N, IS_INDEX_64) * n_h * n_w
-    m_pixel = o_pixel < n_pixels
-    # Beyond the last pixel, and the last row of weights, a tile reads that one again: loads need no mask.
-    o_w, o_image = split_index(tl.minimum(o_pixel, n_pixels - 1), n_w)
-    o_h, o_image = split_index(o_image, n_h)
-    o_source = o_image * s_sn + o_h * step_h * s_sh + o_w * step_w * s_sw
-    o_target = o_image * s_tn + (i_th + o_h * period_h) * s_th + (i_tw + o_w * period_w) * s_tw
-    o_column = widen(i_block, IS_INDEX_64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_depth = widen(tl.arange(0, BLOCK_D), IS_INDEX_64)
     o_source = o_source[:, None] + o_depth[None, :]  # [BLOCK_M, BLOCK_D]
+    # Beyond the last row of weights a tile reads that one again: loads need no mask.
     if IS_GRAD_INPUT:
         o_weight = o_depth[:, None] * s_wk + o_column[None, :]  # [BLOCK_D, BLOCK_N]
         m_weight = (o_column < in_groups(n_columns, GROUP_WEIGHT))[None, :]
@@ -170,16 +114,11 @@ def dilated_product(
     if not IS_DEPTH_WHOLE:
         n_source = in_groups(n_depth, GROUP_SOURCE)
         n_weight = n_depth if IS_GRAD_INPUT else in_groups(n_depth, GROUP_WEIGHT)
-    p_source += i_sh * s_sh + i_sw * s_sw
-    p_weight += i_r * s_wr + i_s * s_ws
-    jump_sh, jump_sw = jump_sh * s_sh, jump_sw * s_sw
-    jump_r, jump_s = jump_r * s_wr, jump_s * s_ws
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     i_depth = 0
     i_row = 0
     i_column = 0
-    for _ in tl.range(0, n_r * n_s * n_steps):
+    for _ in tl.range(0, n_r * n_s * tl.cdiv(n_depth, BLOCK_D)):
         p_x = p_source + (i_row * jump_sh + i_column * jump_sw + i_depth)
         p_w = p_weight + (i_row * jump_r + i_column * jump_s + tl.cast(i_depth, tl.int64) * s_depth)
         m_x = True
@@ -194,11 +133,120 @@ def dilated_product(
         b_w = tl.load(p_w, mask=m_w, other=0.0)  # [BLOCK_D, BLOCK_N] or [BLOCK_N, BLOCK_D]
         acc = multiply_add(b_x, b_w if IS_GRAD_INPUT else b_w.T, acc, PRECISION)
         i_depth, i_row, i_column = next_step(i_depth, i_row, i_column, n_r, n_s, BLOCK_D)
+    return acc
 
-    store_product(
-        acc, p_scale, p_bias, p_target, o_target, m_pixel, o_column, n_columns,
-        GROUP_TARGET, ACTIVATION, HAS_SCALE, HAS_BIAS,
+
+# fmt: off
+@triton.jit
+def scale_and_shift(
+    acc,  # [BLOCK_M, BLOCK_N]
+    p_scale, p_bias,
+    o_image,  # [BLOCK_M]: which bias each pixel takes, where images have their own
+    o_column,  # [BLOCK_N]
+    n_columns,
+    GROUP_TARGET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IMAGE_BIAS: tl.constexpr,
+):
+    # fmt: on
+    """scale * acc + bias. A tile meets few images, and takes their biases one after the other, as vectors."""
+    m_column = o_column < in_groups(n_columns, GROUP_TARGET)
+    if HAS_SCALE:
+        acc *= tl.load(p_scale + o_column, mask=m_column)[None, :]  # [1, BLOCK_N]
+    if HAS_IMAGE_BIAS:
+        for i_image in tl.range(tl.min(o_image), tl.max(o_image) + 1):
+            p_image = p_bias + tl.cast(i_image, tl.int64) * n_columns
+            b_bias = tl.load(p_image + o_column, mask=m_column).to(tl.float32)[None, :]  # [1, BLOCK_N]
+            acc += tl.where((o_image == i_image)[:, None], b_bias, 0.0)
+    elif HAS_BIAS:
+        acc += tl.load(p_bias + o_column, mask=m_column).to(tl.float32)[None, :]  # [1, BLOCK_N]
+    return acc
+
+
+# fmt: off
+@triton.jit
+def store_product(
+    acc,  # [BLOCK_M, BLOCK_N]
+    p_target,
+    o_target, m_pixel,  # [BLOCK_M]
+    o_column,  # [BLOCK_N]
+    n_columns,
+    GROUP_TARGET: tl.constexpr, ACTIVATION: tl.constexpr,
+):
+    # fmt: on
+    """The activation, and the rows and columns of a tile that exist."""
+    o_target = o_target[:, None] + o_column[None, :]
+    m_target = m_pixel[:, None] & (o_column < in_groups(n_columns, GROUP_TARGET))[None, :]
+    store_tile(p_target, o_target, activate(acc, ACTIVATION), m_target, GROUP_TARGET)  # [BLOCK_M, BLOCK_N]
+
+
+def _product_name(specialization) -> str:
+    name = "dilated_grad_input" if specialization.constants["IS_GRAD_INPUT"] else "dilated_forward"
+    return name + "_boxes" if "BOX_N" in specialization.constants else name
+
+
+# The flags that every product derives from its arguments.
+has_vectors = triton.heuristics(
+    {
+        "HAS_SCALE": lambda args: args["p_scale"] is not None,
+        "HAS_BIAS": lambda args: args["p_bias"] is not None,
+        "HAS_IMAGE_BIAS": lambda args: args["p_bias"] is not None and args["p_bias"].dim() == 2,
+    }
+)
+
+
+# fmt: off
+@has_vectors
+@triton.jit(do_not_specialize=PRODUCT_SIZES, repr=_product_name)
+def dilated_product(
+    p_source,  # [N, n_depth, source rows, source columns]: x or gy, channels adjacent
+    p_weight,  # [K, C, R, S], channels adjacent
+    p_scale,  # [n_columns] fp32 or None
+    p_bias,  # [n_columns], [images, n_columns] or None
+    p_target,  # [N, n_columns, target rows, target columns]: y or gx, channels adjacent
+    p_rectangles,  # [n_rectangles, RECTANGLE_FIELDS]
+    N, n_depth, n_columns, n_rectangles,
+    n_blocks,  # of columns
+    n_row,  # targets in a row that are one image's
+    period_h, period_w,  # from one target of a rectangle to the next
+    step_h, step_w,  # and from its source to the next one's
+    s_sn, s_sh, s_sw,
+    s_wk, s_wr, s_ws,
+    s_tn, s_th, s_tw,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_RECTANGLES: tl.constexpr,
+    GROUP_SOURCE: tl.constexpr, GROUP_WEIGHT: tl.constexpr, GROUP_TARGET: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IMAGE_BIAS: tl.constexpr,
+    IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr,
+):
+    # fmt: on
+    i_block, i_tile = split_index(tl.program_id(0), n_blocks)
+    p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
+    i_tile -= tl.load(p_rectangle)
+    i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 1, tl.int64)
+    i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 1 + _SPAN_FIELDS, tl.int64)
+
+    o_pixel = widen(i_tile, IS_INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_pixels = widen(N, IS_INDEX_64) * n_h * n_w
+    m_pixel = o_pixel < n_pixels
+    # Beyond the last pixel a tile reads that one again: loads need no mask.
+    o_w, o_image = split_index(tl.minimum(o_pixel, n_pixels - 1), n_w)
+    o_h, o_image = split_index(o_image, n_h)
+    o_source = o_image * s_sn + o_h * step_h * s_sh + o_w * step_w * s_sw
+    o_w = i_tw + o_w * period_w
+    o_target = o_image * s_tn + (i_th + o_h * period_h) * s_th + o_w * s_tw
+    o_column = widen(i_block, IS_INDEX_64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p_source += i_sh * s_sh + i_sw * s_sw
+    p_weight += i_r * s_wr + i_s * s_ws
+
+    acc = add_taps(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), p_source, p_weight, o_source, o_column, n_depth, n_columns,
+        n_r, n_s, jump_sh * s_sh, jump_sw * s_sw, jump_r * s_wr, jump_s * s_ws, s_wk,
+        BLOCK_D, GROUP_SOURCE, GROUP_WEIGHT, PRECISION, IS_GRAD_INPUT, IS_DEPTH_WHOLE, IS_INDEX_64,
     )  # fmt: skip
+    acc = scale_and_shift(
+        acc, p_scale, p_bias, o_image + o_w // n_row, o_column, n_columns,
+        GROUP_TARGET, HAS_SCALE, HAS_BIAS, HAS_IMAGE_BIAS,
+    )  # fmt: skip
+    store_product(acc, p_target, o_target, m_pixel, o_column, n_columns, GROUP_TARGET, ACTIVATION)
 
 
 # fmt: off
@@ -208,17 +256,19 @@ def dilated_product_boxes(
     d_source,  # [N, source rows, source columns, n_depth] in boxes of [BOX_N, BOX_H, BOX_W, BLOCK_D]: x or gy
     d_weight,  # [R, S, K, C] in boxes of [1, 1, BLOCK_N, BLOCK_D], for grad_input of [1, 1, BLOCK_D, BLOCK_N]
     p_scale,  # [n_columns] fp32 or None
-    p_bias,  # [n_columns] or None
+    p_bias,  # [n_columns], [images, n_columns] or None
     p_target,  # [N, n_columns, target rows, target columns]: y or gx, channels adjacent
     p_rectangles,  # [n_rectangles, RECTANGLE_FIELDS]
     N, n_columns, n_rectangles,
     n_steps,  # of the sum, for each tap
     n_blocks,  # of columns
+    n_row,  # targets in a row that are one image's
     s_tn, s_th, s_tw,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_RECTANGLES: tl.constexpr,
     GROUP_TARGET: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IMAGE_BIAS: tl.constexpr,
     IS_GRAD_INPUT: tl.constexpr, IS_INDEX_64: tl.constexpr,
 ):
     # fmt: on
@@ -258,10 +308,12 @@ def dilated_product_boxes(
     o_target = widen(o_image, IS_INDEX_64) * s_tn
     o_target += widen(i_th + o_h, IS_INDEX_64) * s_th + widen(i_tw + o_w, IS_INDEX_64) * s_tw
     o_column = widen(i_first, IS_INDEX_64) + tl.arange(0, BLOCK_N)
-    store_product(
-        acc.T, p_scale, p_bias, p_target, o_target, m_pixel, o_column, n_columns,
-        GROUP_TARGET, ACTIVATION, HAS_SCALE, HAS_BIAS,
+    # Pixels in vain take the bias of the last one that exists.
+    o_image = tl.minimum(o_image, N - 1) + (i_tw + tl.minimum(o_w, n_w - 1)) // n_row
+    acc = scale_and_shift(
+        acc.T, p_scale, p_bias, o_image, o_column, n_columns, GROUP_TARGET, HAS_SCALE, HAS_BIAS, HAS_IMAGE_BIAS
     )  # fmt: skip
+    store_product(acc, p_target, o_target, m_pixel, o_column, n_columns, GROUP_TARGET, ACTIVATION)
 
 
 def can_describe(tensor) -> bool:
