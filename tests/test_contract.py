@@ -335,7 +335,7 @@ def test_nothing_outside_is_read(family, case, layout, target):
 # Promise 8: non-finite values reach exactly where they belong.
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("value", [torch.nan] if SLOW_RUNG else [torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("where", range(4), ids=["input", "weight", "bias", "grad_output"])
 @pytest.mark.parametrize(("family", "case", "layout"), with_layouts(KEY))
 def test_non_finite_values_stay_in_their_window(family, case, where, value, layout, target):
