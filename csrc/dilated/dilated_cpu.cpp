@@ -47,6 +47,7 @@ struct Kernels {
   void (*run_shift)(const ShiftCall&, int64_t, int64_t, char*);
   void (*to_channels_last)(const void*, int64_t, int64_t, int64_t, int64_t, void*);
   int64_t tile_rows, panel_columns, max_depth;
+  int64_t item;  // bytes of an element
 };
 
 // clang-format off: one line for each thing
@@ -55,7 +56,8 @@ struct Kernels {
    simd::run_weight_task<S>, simd::kWeightScratchBytes<T>, \
    simd::run_shift<T>,                                     \
    simd::to_channels_last<S>,                              \
-   simd::kTileRows, simd::kPanelColumns<T>, simd::kMaxDepth<T>}
+   simd::kTileRows, simd::kPanelColumns<T>, simd::kMaxDepth<T>, \
+   sizeof(S)}
 // clang-format on
 
 template <class S>
@@ -150,6 +152,11 @@ void run_class(TargetClass cls, int64_t images, int64_t channels, int64_t column
   call.target.h *= cls.row_period, call.target.w *= cls.column_period;
   if (adds) {
     for (Step& step : found.steps) step.starts = false;
+  } else if (found.steps.size() > 1 && columns < call.target.w &&
+             call.target.w * kernels.item % 4096 == 0) {
+    // A slice of pixels that are whole pages apart has a few sets of every cache to itself: sums
+    // would drive each other out.
+    call.direct = false;
   }
   call.clears = !found.start_all && !adds;
   call.finishes_last = !call.direct || (!found.finish_all && call.finishes());
