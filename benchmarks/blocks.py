@@ -130,16 +130,11 @@ def _measure(case, direction, device, dtype, seconds, compiles):
             calls[name] = [call]
             entry["peak_bytes"] = memory.peak_bytes(call, device)
     samplers, row["timed"] = timing.samplers_for(calls, device)
-    samples = timing.interleave(samplers, seconds)
-    for entry in row["candidates"]:
-        taken = samples.get(entry["name"])
-        if taken is None:
-            continue
-        entry["seconds"] = timing.spread(taken)._asdict()
-        entry["rounds"] = len(taken)
-        for baseline in ("native NCHW", "native channels_last", "torch.compile"):
-            if baseline in samples:
-                entry[f"ratio to {baseline}"] = timing.ratio(samples[baseline], taken)._asdict()
+    timing.add_speeds(
+        row["candidates"],
+        timing.interleave(samplers, seconds),
+        ("native NCHW", "native channels_last", "torch.compile"),
+    )
     return row
 
 

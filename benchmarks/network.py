@@ -146,16 +146,7 @@ def _measure(case, device, dtype, seconds, compile_reason):
             entry["peak_bytes"] = memory.peak_bytes(calls[name][0], device)
     row["pictures"] = _pictures(image, exact, outputs)
     samplers, row["timed"] = timing.samplers_for(calls, device)
-    samples = timing.interleave(samplers, seconds)
-    for entry in row["candidates"]:
-        taken = samples.get(entry["name"])
-        if taken is None:
-            continue
-        entry["seconds"] = timing.spread(taken)._asdict()
-        entry["rounds"] = len(taken)
-        for baseline in ("native NCHW", "native channels_last"):
-            if baseline in samples:
-                entry[f"ratio to {baseline}"] = timing.ratio(samples[baseline], taken)._asdict()
+    timing.add_speeds(row["candidates"], timing.interleave(samplers, seconds), ("native NCHW", "native channels_last"))
     return row
 
 

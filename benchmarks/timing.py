@@ -43,6 +43,19 @@ def ratio(baseline: Sequence[float], candidate: Sequence[float]) -> Spread:
     return spread([b / c for b, c in zip(baseline, candidate, strict=True)])
 
 
+def add_speeds(entries: Sequence[dict], samples: dict[str, list[float]], baselines: Sequence[str]) -> None:
+    """Give every entry of a record that was timed its spread, and its ratio to each baseline that was."""
+    for entry in entries:
+        taken = samples.get(entry["name"])
+        if taken is None:
+            continue
+        entry["seconds"] = spread(taken)._asdict()
+        entry["rounds"] = len(taken)
+        for name in baselines:
+            if name in samples:
+                entry[f"ratio to {name}"] = ratio(samples[name], taken)._asdict()
+
+
 def interleave(samplers: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
     """Samples of every candidate, taken in turns for about `seconds`, and at least ROUNDS[0] of them."""
     names = list(samplers)
