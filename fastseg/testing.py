@@ -96,6 +96,27 @@ def assert_no_less_accurate(actual, native, exact, times: float, what: str) -> N
         )
 
 
+def assert_alike(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Raise AssertionError unless two ways to compute the same layers agree in size, dtype and up to their rounding.
+
+    The largest difference may be 2^14 unit roundoffs, and at most a sixteenth, of the largest value: several layers of
+    long sums in another order stay far below, and anything left out or computed twice is far above.
+    """
+    if actual.shape != wanted.shape or actual.dtype != wanted.dtype:
+        raise AssertionError(
+            f"got {tuple(actual.shape)} in {actual.dtype}, wanted {tuple(wanted.shape)} in {wanted.dtype}"
+        )
+    if actual.numel() == 0 or torch.equal(actual, wanted):
+        return
+    if not actual.is_floating_point():
+        raise AssertionError("the values differ")
+    difference = float((actual.double() - wanted.double()).abs().max())
+    largest = float(wanted.double().abs().max())
+    allowed = min(2.0**14 * UNIT_ROUNDOFF[actual.dtype], 2.0**-4) * largest
+    if not difference <= allowed:
+        raise AssertionError(f"the largest difference is {difference:.3g}, {allowed:.3g} is allowed")
+
+
 class ConvExpected(NamedTuple):
     """What forward and backward of one convolution have to give."""
 

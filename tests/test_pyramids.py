@@ -12,7 +12,7 @@ from torch import nn
 import fastseg
 from fastseg.nn.fused_module import FusedModule
 from fastseg.pyramids import find_pyramids
-from fastseg.testing import assert_no_less_accurate
+from fastseg.testing import assert_alike, assert_no_less_accurate
 
 SIZE = (9, 11)
 CHANNELS, WIDTH, RATES = 16, 24, (2, 4, 6)
@@ -193,16 +193,16 @@ class TestModules:
         parts = copy.deepcopy(ours)
         x = image(dtype=torch.float64)
         with torch.set_grad_enabled(training):
-            torch.testing.assert_close(ours(x), parts._plain(x), rtol=1e-11, atol=1e-11)
+            assert_alike(ours(x), parts._plain(x))
         for own, wanted in zip(ours.buffers(), parts.buffers(), strict=True):
-            torch.testing.assert_close(own, wanted, rtol=1e-11, atol=1e-11)
+            assert_alike(own, wanted)
 
     def test_summed_form(self):
         ours = fastseg.nn.ASPP(
             CHANNELS, 5, RATES, pointwise=False, pooling=None, norm=None, activation="none", reduction="sum"
         ).double()
         x = image(dtype=torch.float64)
-        torch.testing.assert_close(ours(x), ours._plain(x), rtol=1e-12, atol=1e-12)
+        assert_alike(ours(x), ours._plain(x))
 
     def test_batch_of_one_in_training(self):
         x = image(batch=1)
@@ -220,7 +220,7 @@ class TestModules:
             norm.eval()
         parts = copy.deepcopy(ours)
         x = image(dtype=torch.float64)
-        torch.testing.assert_close(ours(x), parts._plain(x), rtol=1e-11, atol=1e-11)
+        assert_alike(ours(x), parts._plain(x))
 
     def test_cumulative_momentum_and_no_statistics(self):
         for options in (dict(momentum=None), dict(track_running_stats=False), dict(affine=False)):
@@ -231,9 +231,9 @@ class TestModules:
             parts = copy.deepcopy(ours)
             for seed in (1, 2):
                 x = image(dtype=torch.float64, seed=seed)
-                torch.testing.assert_close(ours(x), parts._plain(x), rtol=1e-11, atol=1e-11)
+                assert_alike(ours(x), parts._plain(x))
             for own, wanted in zip(ours.buffers(), parts.buffers(), strict=True):
-                torch.testing.assert_close(own, wanted, rtol=1e-11, atol=1e-11)
+                assert_alike(own, wanted)
 
     def test_separable_conv2d(self):
         x = image(dtype=torch.float64)
@@ -247,10 +247,10 @@ class TestModules:
             layer = lively(layer).eval()
             with torch.no_grad():
                 wanted = nn.Sequential.forward(layer, x)
-                torch.testing.assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
+                assert_alike(layer(x), wanted)
             layer.train()
             copied = copy.deepcopy(layer)
-            torch.testing.assert_close(layer(x), nn.Sequential.forward(copied, x), rtol=1e-12, atol=1e-12)
+            assert_alike(layer(x), nn.Sequential.forward(copied, x))
 
     @pytest.mark.parametrize("make", OURS.values(), ids=OURS)
     def test_torch_compile(self, make):
@@ -258,7 +258,7 @@ class TestModules:
         x = image()
         with torch.no_grad():
             compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)(x)
-            torch.testing.assert_close(compiled, ours(x), rtol=1e-4, atol=1e-4)
+            assert_alike(compiled, ours(x))
 
     def test_bad_options_are_refused(self):
         for options in (dict(pooling="middle"), dict(norm="group"), dict(single_image="skip"), dict(reduction="max")):
@@ -297,7 +297,7 @@ class TestAccelerate:
             assert fused == []
             assert "has hooks" in ours._fastseg.fusion.reason_not()
             handle.remove()
-            torch.testing.assert_close(ours(x), hooked, rtol=1e-4, atol=1e-4)
+            assert_alike(ours(x), hooked)
         assert len(fused) == 1
 
     def test_explain_says_what_runs_as_a_whole(self):
@@ -331,7 +331,7 @@ class TestAccelerate:
         native = copy.deepcopy(theirs).eval()
         ours = fastseg.accelerate(theirs.eval())
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(ours(image()), native(image()), rtol=0.1, atol=0.3)
+            assert_alike(ours(image()), native(image()))
 
     def test_what_only_looks_like_one_is_left_alone(self):
         class Cropped(type(torchvision_aspp())):
@@ -466,7 +466,7 @@ def train(backend: str, steps: int):
 
 def test_training_reaches_the_same_quality():
     (native, quality), (ours, own_quality) = train("native", 200), train("auto", 200)
-    torch.testing.assert_close(torch.tensor(ours[:5]), torch.tensor(native[:5]), rtol=1e-4, atol=1e-5)
+    assert_alike(torch.tensor(ours[:5]), torch.tensor(native[:5]))
     assert native[-1] < 0.5 * native[0]
     assert quality > 0.7
     assert abs(own_quality - quality) < 0.05

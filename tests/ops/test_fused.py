@@ -9,7 +9,14 @@ import torch.nn.functional as F
 import fastseg
 from fastseg.ops.geometry import POINTWISE, same_padding
 from fastseg.ops.library import OVERLOADS
-from fastseg.testing import assert_within, expected_branches, expected_conv, expected_separable, random_tensor
+from fastseg.testing import (
+    assert_alike,
+    assert_within,
+    expected_branches,
+    expected_conv,
+    expected_separable,
+    random_tensor,
+)
 from tests.conftest import SLOW_RUNG
 
 LAYOUTS = pytest.mark.parametrize(
@@ -59,7 +66,7 @@ def test_a_bias_of_each_image_has_a_gradient(target):
     y = OVERLOADS["dilated_conv2d"][target.backend](x, weight, bias, *POINTWISE, "none")
     grad = tensor(target, 4, *y.shape)
     y.backward(grad)
-    torch.testing.assert_close(bias.grad, grad.sum((2, 3)))
+    assert_alike(bias.grad, grad.sum((2, 3)))
 
 
 @DTYPES
@@ -157,12 +164,11 @@ def test_pooling_and_projection(pooling, layout, target):
     y = fastseg.ops.aspp(x, weights, biases, RATES, *tail, pooling=pooling, backend=target.backend)
     wanted = by_parts(x, weights, biases, tail, pooling)
     grad = random_tensor(tuple(y.shape), dtype, seed=30, device=target.device)
-    tolerances = dict(rtol=1e-9, atol=1e-9) if dtype == torch.float64 else dict(rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(y, wanted, **tolerances)
+    assert_alike(y, wanted)
     for own, other in zip(
         torch.autograd.grad(y, tensors, grad), torch.autograd.grad(wanted, tensors, grad), strict=True
     ):
-        torch.testing.assert_close(own, other, **tolerances)
+        assert_alike(own, other)
 
 
 @pytest.mark.skipif(SLOW_RUNG, reason="tracing does not depend on the kernel")
@@ -204,9 +210,9 @@ def test_compile_fullgraph_with_dynamic_shapes(target):
     for size in ((9, 10), (12, 7)):
         x = tensor(target, 1, 2, 16, *size).requires_grad_()
         eager, traced = block(x), compiled(x)
-        torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(traced, eager)
         own, other = (torch.autograd.grad(y.sum(), x)[0] for y in (traced, eager))
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-2)
+        assert_alike(own, other)
 
 
 def test_autocast(target):
