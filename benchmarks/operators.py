@@ -93,7 +93,7 @@ def _measure(workload, direction, ceilings, seconds, candidates, skip):
     cost = workload.cost(direction)
     bounds = {
         "memory": cost.bytes / ceilings["copy_bytes_per_s"],
-        "compute": cost.flops / ceilings["float32_flop_per_s"],
+        "compute": cost.flops / timing.matrix_ceiling(ceilings, workload.dtype),
     }
     bound = max(bounds, key=bounds.get)
     described = workload.describe()

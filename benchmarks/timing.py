@@ -107,9 +107,10 @@ def graph_sampler(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
 
     Runs on the side stream, as everything must have done that the calls rely on, such as a kept forward pass.
     """
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
+    for _ in range(2):  # the second finds everything on the device
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=side_stream()):
@@ -198,3 +199,9 @@ def ceilings(device: str) -> dict[str, float]:
     if device != "cpu":
         found["bfloat16_flop_per_s"] = matrix_rate(device, torch.bfloat16)
     return found
+
+
+def matrix_ceiling(ceilings: dict[str, float], dtype: torch.dtype) -> float:
+    """The measured FLOP/s for products of `dtype`; 16-bit dtypes share a rate, and on a CPU all do."""
+    name = "float32_flop_per_s" if dtype == torch.float32 else "bfloat16_flop_per_s"
+    return ceilings.get(name, ceilings["float32_flop_per_s"])

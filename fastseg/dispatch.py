@@ -107,6 +107,8 @@ def _cpu_reason(problem: Problem) -> str | None:
         return extension.MISSING
     if problem.device_type != "cpu":
         return f"the C++ CPU kernels take CPU tensors, not {problem.device_type} tensors"
+    if not _has_kernel(problem, "cpu"):
+        return f"there is no C++ CPU kernel of {problem.operator}"
     return None
 
 

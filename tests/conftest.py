@@ -75,6 +75,17 @@ def pytest_configure(config):
         load_kernels(sanitize=os.environ.get("FASTSEG_SANITIZE") == "1")
 
 
+def pytest_runtest_setup(item):
+    """After an illegal access every later call of the process fails: end it, and let pytest-xdist start another."""
+    if RUNG == "gpu" and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)
+            pytest.exit(f"the GPU is lost to this process: {error}", returncode=1)
+
+
 @pytest.fixture
 def tf32():
     """Let convolutions of float32 tensors multiply as TF32 while a test runs."""

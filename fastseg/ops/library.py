@@ -26,15 +26,15 @@ def define(
     schema: str,
     *,
     fake: Callable,
-    setup_context: Callable,
-    backward: Callable[[str], Callable],
     python_kernels: dict[str, Callable],
+    setup_context: Callable | None = None,
+    backward: Callable[[str], Callable] | None = None,
     autocast: bool = False,
 ) -> dict[str, torch._ops.OpOverload]:
     """Define `operator` once per backend and return its overloads by backend.
 
     `backward(backend)` makes the autograd formula of one overload, so that a gradient runs on the backend that ran the
-    forward pass. `autocast` casts floating-point tensors as torch.nn.functional.conv2d does under torch.autocast.
+    forward pass; None for results without a gradient. `autocast` casts floating-point tensors as torch.nn.functional.conv2d does under torch.autocast.
     """
     overloads = OVERLOADS[operator] = {}
     for backend in KERNEL_BACKENDS:
@@ -42,7 +42,8 @@ def define(
         qualified = f"fastseg::{name}"
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context, lib=LIBRARY)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context, lib=LIBRARY)
         if backend in python_kernels:
             LIBRARY.impl(name, python_kernels[backend], _PYTHON_KEY)
         overloads[backend] = getattr(getattr(torch.ops.fastseg, operator), backend)

@@ -266,29 +266,39 @@ def needs_index_64(*extents: int) -> bool:
 class DeviceTable:
     """A small int32 table that kernels read: made once, copied to each device and stream that asks, never waited for.
 
-    A captured CUDA graph repeats its copy whenever it is replayed, so it gets a tensor of its own, and the pinned rows
-    that it reads then are kept for good.
+    A captured CUDA graph reads a copy that an earlier call saw finished. Where there is none yet, the graph gets a tensor
+    of its own and copies it whenever it is replayed. What it reads is kept for good.
     """
 
     _captured: ClassVar[set[DeviceTable]] = set()
 
     def __init__(self, rows: Sequence[Sequence[int]]):
         self._rows = torch.tensor(rows, dtype=torch.int32)
-        self._copies: dict[tuple[int, int], torch.Tensor] = {}
+        self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.cuda.Event]] = {}
+        self._finished: dict[int, torch.Tensor] = {}  # one of the copies on each device
 
     def on(self, device: torch.device) -> torch.Tensor:
         """The table, for kernels on the current stream of `device`."""
         if device.type != "cuda":
             return self._rows.to(device)
-        if not self._rows.is_pinned():
-            self._rows = self._rows.pin_memory()
         if torch.cuda.is_current_stream_capturing():
             DeviceTable._captured.add(self)
-            return self._rows.to(device, non_blocking=True)
-        key = device.index, torch.cuda.current_stream(device).cuda_stream
+            if device.index in self._finished:
+                return self._finished[device.index]
+            return self._pinned().to(device, non_blocking=True)
+        stream = torch.cuda.current_stream(device)
+        key = device.index, stream.cuda_stream
         if key not in self._copies:
-            self._copies[key] = self._rows.to(device, non_blocking=True)
-        return self._copies[key]
+            self._copies[key] = self._pinned().to(device, non_blocking=True), stream.record_event()
+        table, copied = self._copies[key]
+        if device.index not in self._finished and copied.query():
+            self._finished[device.index] = table
+        return table
+
+    def _pinned(self) -> torch.Tensor:
+        if not self._rows.is_pinned():
+            self._rows = self._rows.pin_memory()
+        return self._rows
 
 
 def launch(kernel, programs: int, *args, **constants) -> None:
