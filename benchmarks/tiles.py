@@ -116,7 +116,7 @@ def measure(case: ConvCase, dtype: torch.dtype, direction: str) -> dict:
             with forcing(workload.operator, tile or Tile("native")):
                 sampler = timing.graph_sampler(prepared_calls(workload, direction, tile, sets))
             row["tiles"][name] = timing.spread([sampler() for _ in range(ROUNDS)]).median
-        except Exception as error:  # noqa: BLE001  a tile that cannot run is a line of the table
+        except Exception as error:  # a tile that cannot run is a line of the table
             row["tiles"][name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
     return row
 

@@ -34,7 +34,8 @@ def define(
     """Define `operator` once per backend and return its overloads by backend.
 
     `backward(backend)` makes the autograd formula of one overload, so that a gradient runs on the backend that ran the
-    forward pass; None for results without a gradient. `autocast` casts floating-point tensors as torch.nn.functional.conv2d does under torch.autocast.
+    forward pass; None for results without a gradient. `autocast` casts floating-point tensors as
+    torch.nn.functional.conv2d does under torch.autocast.
     """
     overloads = OVERLOADS[operator] = {}
     for backend in KERNEL_BACKENDS:

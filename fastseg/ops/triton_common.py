@@ -266,8 +266,8 @@ def needs_index_64(*extents: int) -> bool:
 class DeviceTable:
     """A small int32 table that kernels read: made once, copied to each device and stream that asks, never waited for.
 
-    A captured CUDA graph reads a copy that an earlier call saw finished. Where there is none yet, the graph gets a tensor
-    of its own and copies it whenever it is replayed. What it reads is kept for good.
+    A captured CUDA graph reads a copy that an earlier call saw finished. Where there is none yet, the graph gets a
+    tensor of its own and copies it whenever it is replayed. What it reads is kept for good.
     """
 
     _captured: ClassVar[set[DeviceTable]] = set()

@@ -91,8 +91,8 @@ def upsample_argmax(
         ValueError: more than 256 classes in torch.uint8; unknown `backend`.
         BackendError: the backend named cannot run this call.
 
-    Scores of low-precision logits are compared in float32, before any rounding: PyTorch compares rounded ones, and gives
-    a tie that rounding makes to the first class.
+    Scores of low-precision logits are compared in float32, before any rounding: PyTorch compares rounded ones, and
+    gives a tie that rounding makes to the first class.
 
     Example:
         >>> import torch, fastseg
@@ -130,7 +130,8 @@ def upsample_cross_entropy(
 
     Args:
         logits: [N, C, h, w]; float32, float16, bfloat16 or float64; any strides. channels_last is fastest.
-        target: [N, H, W] int64, class indices in [0, C) or `ignore_index`. Class probabilities, [N, C, H, W], run native.
+        target: [N, H, W] int64, class indices in [0, C) or `ignore_index`. Class probabilities, [N, C, H, W], run
+            native.
         weight: [C] in the logits' dtype, what a pixel of each class counts; or None.
         ignore_index: the target of pixels that count nothing.
         reduction: "none", "mean" (over the weights of the pixels) or "sum".

@@ -1,7 +1,7 @@
 """Registers the operators of the segmentation head: bilinear resize and its gradient, argmax and cross entropy on top.
 
-Sizes are (height, width) in pixels. `scales` are the scale factors that the caller gave, or None: ATen computes sampling
-positions from them, not from the sizes.
+Sizes are (height, width) in pixels. `scales` are the scale factors that the caller gave, or None: ATen computes
+sampling positions from them, not from the sizes.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ define(
     fake=_fake_argmax,
     python_kernels={"reference": reference.argmax, "triton": _triton("argmax")},
 )
-# loss, sum of the target's weights, gradient of the sum of all losses (without elements unless `with_gradient`), both in
-# the positions' dtype, and a target that is no class where a GPU has met one, else ignore_index. A CPU raises IndexError.
+# Returns the loss, the sum of the target's weights and the gradient of the sum of all losses (without elements unless
+# `with_gradient`), all in the positions' dtype; and a target that is no class where a GPU has met one, else
+# ignore_index. A CPU raises IndexError.
 define(
     "upsample_cross_entropy",
     "(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, bool align_corners,"

@@ -1,8 +1,8 @@
 """Which input pixels a bilinear resize reads, along one axis: the index arithmetic of the family, in one place.
 
-Output i looks at position max(step * (i + 0.5) - 0.5, 0) of the input, or step * i with align_corners. It lies `share` of
-the way from pixel `first` to pixel `second`. Positions are computed as ATen computes them, in float32 unless the tensor
-is float64, with one rounding where it may fuse (csrc/head/sampling.h is this file in C++).
+Output i looks at position max(step * (i + 0.5) - 0.5, 0) of the input, or step * i with align_corners. It lies `share`
+of the way from pixel `first` to pixel `second`. Positions are computed as ATen computes them, in float32 unless the
+tensor is float64, with one rounding where it may fuse (csrc/head/sampling.h is this file in C++).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Targets that are no class: a CPU raises at once, a GPU reports later, as it does for PyTorch's own loss.
 
-PyTorch's kernel stops the device with an assertion, after which the process cannot use it. Here the pixel's loss is NaN,
-the target is copied to the host beside the work that follows, and the next loss or backward pass that finds the copy
-done raises the IndexError that PyTorch raises on a CPU. Nothing waits for the device.
+PyTorch's kernel stops the device with an assertion, after which the process cannot use it. Here the pixel's loss is
+NaN, the target is copied to the host beside the work that follows, and the next loss or backward pass that finds the
+copy done raises the IndexError that PyTorch raises on a CPU. Nothing waits for the device.
 """
 
 from __future__ import annotations
