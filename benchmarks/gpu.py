@@ -8,6 +8,7 @@ what it has. It goes to $OUT when that is set, else to benchmarks/results/. `--d
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import os
 import re
@@ -162,19 +163,24 @@ class Run:
             self.stage(name, [*command, "--budget", f"{max(1, 0.9 * limit - 10):.0f}"], limit)
             if part.exists():
                 found = record.load(part)
-                for key in ("operators", "networks", "skipped"):
+                for key in ("operators", "networks", "blocks", "skipped"):
                     self.record[key] += found[key]
                 for key in ("ceilings", "overhead"):
                     self.record[key] = self.record[key] or found[key]
         record.save(self.record, self.output)
 
-    def test(self, file: str, limit: float) -> None:
-        """The tests of one file; how many passed and failed goes into the record, promise by promise."""
+    def test(self, file: str, limit: float, jobs: int = 1) -> None:
+        """The tests of some files; how many passed and failed goes into the record, promise by promise.
+
+        With pytest-xdist they are shared by `jobs` processes.
+        """
         rung = "gpu" if self.device == "cuda" else "cpu"
         with tempfile.TemporaryDirectory() as folder:
             results = Path(folder) / "results.xml"
-            options = ["-q", "--tb=line", "--maxfail=50", "-p", "no:cacheprovider", f"--junitxml={results}"]
-            self.stage(file, [*_python("pytest"), file, *options], limit, FASTSEG_RUNG=rung)
+            options = ["-q", "--tb=line", "-p", "no:cacheprovider", f"--junitxml={results}"]
+            if jobs > 1 and importlib.util.find_spec("xdist"):  # Triton's compiler keeps one core busy
+                options += ["-n", str(jobs), "--dist", "worksteal"]
+            self.stage(file, [*_python("pytest"), *file.split(), *options], limit, FASTSEG_RUNG=rung)
             if results.exists():
                 self.record["promises"] |= _count_tests(results)
         record.save(self.record, self.output)
@@ -212,17 +218,17 @@ def _run_printing(command: list[str], limit: float, environment: dict[str, str])
     return status, "\n".join(lines)
 
 
-def run_all(output: Path, device: str, budget: float) -> dict:
-    """Every stage in its order; the record."""
+def run_all(output: Path, device: str, budget: float, built: bool = False) -> dict:
+    """Every stage in its order; the record. `built`: the extension is there already."""
     run = Run(output, device, budget)
     own = [*_python("benchmarks.gpu"), "--device", device, "--stage"]
-    if device == "cuda":
+    if device == "cuda" and not built:
         run.stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240)
     else:
-        run.skip("build", "a dry run uses what is built")
+        run.skip("build", "what was built before is used")
     run.stage("smoke", [*own, "smoke"], 60)
     run.stage("exactness", [*own, "exactness"], 60)
-    run.test("tests/test_contract.py", 150)
+    run.test("tests/test_contract.py tests/ops tests/test_identities.py", 180, jobs=os.cpu_count() or 1)
     if device == "cuda":
         run.test("tests/test_gpu.py", 60)
     sanitizer = shutil.which("compute-sanitizer")
@@ -250,6 +256,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="where the record goes")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, metavar="SECONDS")
     parser.add_argument("--dry-run", action="store_true", help="every stage that can run on the CPU; nothing to commit")
+    parser.add_argument("--built", action="store_true", help="use the extension that is there")
     parser.add_argument("--stage", choices=("smoke", "exactness", "touch"), help="only this, in this process")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="for --stage")
     parsed = parser.parse_args(arguments)
@@ -265,7 +272,7 @@ def main(arguments: list[str]) -> int:
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         output = Path(os.environ.get("OUT") or record.RESULTS) / f"{name}.json"
     output = parsed.output or output
-    found = run_all(output, device, parsed.budget)
+    found = run_all(output, device, parsed.budget, parsed.built)
     print(f"\n{table.terminal(found)}" if found["operators"] else "")
     for stage in found["stages"]:
         print(f"{stage['status']:<10} {stage['name']} ({stage['seconds']:.0f} s)")

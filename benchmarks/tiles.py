@@ -81,8 +81,8 @@ def forcing(operator: str, tile: Tile) -> Iterator[None]:
             yield
 
 
-def prepared_calls(workload: ConvWorkload, direction: str, tile: Tile | None, sets: int) -> list:
-    """One call of `direction` for each of `sets` sets of tensors; native in channels_last without a tile."""
+def prepared_calls(workload: ConvWorkload, direction: str, tile: Tile | None, sets: list[dict]) -> list:
+    """One call of `direction` for each set of tensors; native in channels_last without a tile."""
     backend = "native" if tile is None else tile.backend
     case = workload.case
 
@@ -91,7 +91,7 @@ def prepared_calls(workload: ConvWorkload, direction: str, tile: Tile | None, se
         return fastseg.ops.conv2d(x, weight, *geometry, backend=backend)
 
     candidate = Candidate(backend, "fastseg", "channels_last", run, backend)
-    return [direction_call(candidate, workload, direction, workload.tensors(seed)) for seed in range(sets)]
+    return [direction_call(candidate, workload, direction, tensors) for tensors in sets]
 
 
 def compile_all(share: tuple[int, int], operator: str, dtype: torch.dtype) -> None:
@@ -101,14 +101,15 @@ def compile_all(share: tuple[int, int], operator: str, dtype: torch.dtype) -> No
         for direction in DIRECTIONS:
             with forcing(operator, tile), contextlib.suppress(Exception):  # the timing shows what fails
                 workload = ConvWorkload(SMALL[operator], dtype, "cuda")
-                prepared_calls(workload, direction, tile, 1)[0]()
+                prepared_calls(workload, direction, tile, [workload.tensors(0)])[0]()
     torch.cuda.synchronize()
 
 
 def measure(case: ConvCase, dtype: torch.dtype, direction: str) -> dict:
     """The row of one case and direction: seconds of native and of every tile, or why a tile did not run."""
     workload = ConvWorkload(case, dtype, "cuda")
-    sets = timing.buffer_sets(workload.cost(direction).bytes, "cuda")
+    count = timing.buffer_sets(workload.cost(direction).bytes, "cuda")
+    sets = [workload.tensors(seed) for seed in range(count)]
     row = {"id": f"{case.id}/{direction}", "flops": workload.cost(direction).flops, "tiles": {}}
     for tile in (None, *tiles(workload.operator)):
         name = tile.name if tile else "native channels_last"
@@ -155,6 +156,7 @@ def main(arguments: list[str]) -> int:
         pool.starmap(compile_all, shares, chunksize=1)
     print(f"compiled with {end - time.perf_counter():.0f} s left", flush=True)
     torch.backends.cudnn.benchmark = True
+    timing.WARM_UP_SECONDS, timing.SAMPLE_SECONDS = 5e-3, 5e-4  # many tiles, of which only large differences matter
     rows = []
     with torch.cuda.stream(timing.side_stream()):
         for case in cases:

@@ -21,6 +21,8 @@ from fastseg.ops.aspp import reference as aspp_reference
 from fastseg.ops.depthwise import reference as depthwise_reference
 from fastseg.ops.dilated import reference as dilated_reference
 from fastseg.ops.geometry import POINTWISE
+from fastseg.ops.head import reference as head_reference
+from fastseg.ops.head.sampling import position_dtype, samples
 
 UNIT_ROUNDOFF = {
     torch.float16: 2.0**-11,
@@ -257,6 +259,181 @@ def expected_branches(
     grads = [bounded(grad_x, size_x, sum(weight.numel() // weight.shape[1] for weight in weights))]
     grads += [bounded(g, s, pixels) for g, s in zip(grad_w, size_w, strict=True)]
     return output, *grads, bounded(gy.sum((0, 2, 3)), gy.abs().sum((0, 2, 3)), pixels)
+
+
+# Roundings of one term of a bilinear sum beside its addition: both axes' 1 - share, and two products.
+BILINEAR_ROUNDINGS = 4
+
+
+def expected_upsample(
+    input: torch.Tensor,
+    size: Sequence[int],
+    scales: Sequence[float] | None,
+    align_corners: bool,
+    grad_output: torch.Tensor | None = None,
+    *,
+    roundoff: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Expected, Expected | None]:
+    """Output and gradient of the input of a bilinear resize to `size`; `scales` are the scale factors given, or None.
+
+    Positions are the dtype's own, computed as ATen does: they are what is resized, not an error of it. `roundoff` is
+    that of `expected`, `dtype` the output's where it is not the input's.
+    """
+    positions = position_dtype(input.dtype)
+    geometry = (scales, align_corners, positions)
+    x = input.detach().double()
+    value, absolute = (head_reference.resize(t, size, *geometry) for t in (x, x.abs()))
+    # Four terms: BILINEAR_ROUNDINGS and three additions are less than FACTOR times four.
+    output = expected(value, absolute, 4, dtype or input.dtype, roundoff)
+    slack = _position_slack(input.shape, positions)
+    output = _widened(output, slack * head_reference.resize(_largest_nearby(x.abs()), size, *geometry))
+    if grad_output is None:
+        return output, None
+    g = grad_output.detach().double()
+    value, absolute = (head_reference.resize_backward(t, input.shape, *geometry) for t in (g, g.abs()))
+    terms = _most_readers(input.shape, size, *geometry) + BILINEAR_ROUNDINGS
+    grad_input = expected(value, absolute, terms, dtype or input.dtype, roundoff)
+    return output, _widened(grad_input, slack * 9 * _largest_nearby(absolute))
+
+
+def _position_slack(shape, positions: torch.dtype) -> float:
+    """How far two evaluations of one position may be apart, in pixels.
+
+    In float32 the reference rounds once, as a fused multiply-add does. In float64 it rounds twice, and that one once.
+    """
+    return 4 * UNIT_ROUNDOFF[torch.float64] * max(shape[2:]) if positions == torch.float64 else 0.0
+
+
+def _largest_nearby(absolute: torch.Tensor) -> torch.Tensor:
+    """The largest of the 3 x 3 around each pixel."""
+    return torch.nn.functional.max_pool2d(absolute, 3, 1, 1) if absolute.numel() > 0 else absolute
+
+
+def _most_readers(shape, size, scales, align_corners, dtype) -> int:
+    """The largest number of outputs that look at one input."""
+    most = 1
+    for axis in range(2):
+        inputs, scale = shape[2 + axis], None if scales is None else scales[axis]
+        first, second, _ = samples(inputs, size[axis], scale, align_corners, dtype, "cpu")
+        most *= int((first.bincount(minlength=inputs) + second.bincount(minlength=inputs)).max())
+    return most
+
+
+def assert_argmax(labels: torch.Tensor, logits: torch.Tensor, size: Sequence[int], align_corners: bool) -> None:
+    """Raise AssertionError unless `labels` are the float64 scores' argmax, or a class that ties with it within errors.
+
+    NaN counts as the largest score, as for torch.argmax.
+    """
+    scores, bound = expected_upsample(logits, size, None, align_corners, dtype=accumulator_dtype(logits.dtype))[0]
+    best, found = scores.argmax(1, keepdim=True), labels.long()[:, None]
+    gap = scores.gather(1, best) - scores.gather(1, found)
+    wrong = (best != found) & ~(gap <= bound.gather(1, best) + bound.gather(1, found))
+    if wrong.any():
+        n, _, row, column = (int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} labels are wrong; the first, at {(n, row, column)}, is "
+            f"{int(found[n, 0, row, column])}, wanted {int(best[n, 0, row, column])}"
+        )
+
+
+# A few roundings: what exp, log and a weight's product with a share of the target cost, in units of the last place.
+FEW_ROUNDINGS = 4
+
+
+def expected_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    align_corners: bool = False,
+    reduction: str = "mean",
+    grad: torch.Tensor | None = None,
+    *,
+    roundoff: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Expected, Expected | None]:
+    """Loss and gradient of the logits of the cross entropy of resized logits; `grad` is the loss's own gradient.
+
+    `roundoff` is that of `expected`, `dtype` the loss's where it is not the logits'. Images are taken one by one, which
+    keeps memory low.
+    """
+    options = (weight, ignore_index, label_smoothing, align_corners)
+    per_pixel = grad is not None and reduction == "none"
+    found = [
+        _loss_of_image(logits[i : i + 1], target[i : i + 1], *options, grad[i : i + 1] if per_pixel else None)
+        for i in range(len(logits))
+    ] or [_loss_of_image(logits, target, *options, grad if per_pixel else None)]
+    losses, loss_bounds, totals, grads, grad_bounds = zip(*found, strict=True)
+    unit = UNIT_ROUNDOFF[accumulator_dtype(logits.dtype)]
+    losses, loss_bounds = torch.cat(losses), torch.cat(loss_bounds)
+    gradient, gradient_bound = torch.cat(grads), torch.cat(grad_bounds)
+    value, bound = losses, loss_bounds
+    sum_of_pixels = FACTOR * max(target.numel(), 1) * unit
+    if reduction != "none":
+        value, bound = losses.sum(), loss_bounds.sum() + sum_of_pixels * losses.abs().sum()
+    scale = 1.0 if grad is None or reduction == "none" else grad.detach().double()
+    if reduction == "mean":
+        total = sum(totals)
+        # Without class weights the total is a count, which is exact.
+        slack = FEW_ROUNDINGS * unit + (0.0 if weight is None else sum_of_pixels)
+        value, bound = value / total, bound / total + slack * (value / total).abs()
+        scale = torch.where(total == 0, 0.0, scale / total)
+        gradient_bound = gradient_bound + slack * gradient.abs()
+    loss = _stored(value, bound, dtype or logits.dtype, roundoff, unit)
+    if grad is None:
+        return loss, None
+    return loss, _stored(gradient * scale, gradient_bound * abs(scale), logits.dtype, roundoff, unit)
+
+
+def _stored(value, bound, dtype, roundoff, unit) -> Expected:
+    """The bound after the last few roundings in the accumulator's dtype, and the one to `dtype`."""
+    roundoff = UNIT_ROUNDOFF[dtype] if roundoff is None else roundoff
+    bound = bound + FEW_ROUNDINGS * unit * value.abs()
+    return Expected(value, roundoff * value.abs() + bound * (1 + roundoff) + SMALLEST[dtype])
+
+
+def _loss_of_image(logits, target, weight, ignore_index, label_smoothing, align_corners, grad_losses):
+    """Of one image: losses, their bound, the sum of targets' weights, the gradient of the losses' sum, its bound."""
+    positions, classes = position_dtype(logits.dtype), logits.shape[1]
+    unit, geometry = UNIT_ROUNDOFF[positions], (target.shape[1:], None, align_corners)
+    log_p, wanted, total = head_reference.distributions(
+        logits.detach(), target, weight, ignore_index, label_smoothing, align_corners
+    )
+    score, score_bound = expected_upsample(logits, *geometry, dtype=positions)[0]
+    finite = score.isfinite()
+    score_bound, size = score_bound.where(finite, 0), score.abs().where(finite, 0)
+    p, lse, largest = log_p.exp(), score.logsumexp(1, keepdim=True), score.amax(1, keepdim=True)
+    # What errors of scores do to the logarithm of the sum is largest where all of them are positive.
+    lse_bound = (score + score_bound).logsumexp(1, keepdim=True) - lse
+    lse_bound = lse_bound.where(lse.isfinite(), 0).clamp_min(0)
+    # exp(score - largest) inherits the rounding of its argument; a base other than e rounds it once more.
+    arguments = torch.where(p > 0, p * 2 * (score - largest).abs(), 0).sum(1, keepdim=True)
+    lse_bound = lse_bound + unit * (arguments + FACTOR * classes + FEW_ROUNDINGS * (1 + lse.abs()))
+    # wanted * (lse - score), term by term or the two sums apart, over the classes that have a share in the target.
+    shares = classes if label_smoothing > 0 else 1
+    terms = (lse_bound + score_bound) + FACTOR * (shares + FEW_ROUNDINGS) * unit * (lse.abs() + size)
+    losses = -torch.where(wanted == 0, 0, wanted * log_p).sum(1)
+    losses_bound = torch.where(wanted == 0, 0, wanted * terms).sum(1)
+
+    # p may be off by as much as its logarithm allows, and is at most 1; a GPU flushes the smallest numbers to zero.
+    off = score_bound + lse_bound + unit * torch.where(p > 0, 2 * log_p.abs() + FEW_ROUNDINGS, FEW_ROUNDINGS)
+    raised = torch.where(finite, (log_p + off).clamp_max(0).exp() - p, 0)
+    p_bound = torch.maximum(raised, -p * torch.expm1(-off)) + torch.finfo(positions).tiny
+    both = wanted.sum(1, keepdim=True)
+    parts = p * both + wanted
+    upstream = torch.ones_like(losses) if grad_losses is None else grad_losses.detach().double()
+    upstream = upstream[:, None]
+    bound = (both * p_bound + (FEW_ROUNDINGS + FACTOR * (shares - 1)) * unit * parts) * upstream.abs()
+    back = (logits.shape, None, align_corners, positions)
+    gradient = head_reference.resize_backward((p * both - wanted) * upstream, *back)
+    readers = _most_readers(logits.shape, *geometry, positions) + BILINEAR_ROUNDINGS
+    carried = head_reference.resize_backward(bound, *back)
+    absolute = head_reference.resize_backward(parts * upstream.abs(), *back)
+    if positions == torch.float64:
+        carried = carried + _position_slack(logits.shape, positions) * 9 * _largest_nearby(absolute)
+    return losses, losses_bound, total, gradient, carried + FACTOR * readers * unit * absolute
 
 
 def random_tensor(shape, dtype, *, seed=0, device="cpu", memory_format=torch.contiguous_format) -> torch.Tensor:

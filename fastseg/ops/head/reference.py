@@ -27,7 +27,7 @@ def cross_entropy(logits, target, weight, ignore_index, label_smoothing, align_c
     check_target(target, logits.shape[1], ignore_index)
     dtype = position_dtype(logits.dtype)
     options = (logits, target, weight, ignore_index, label_smoothing, align_corners)
-    log_p, wanted, total_weight = _distributions(*options)
+    log_p, wanted, total_weight = distributions(*options)
     losses = -torch.where(wanted == 0, 0, wanted * log_p).sum(1)
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
@@ -37,14 +37,14 @@ def cross_entropy(logits, target, weight, ignore_index, label_smoothing, align_c
 
 
 def cross_entropy_backward(grad_losses, logits, target, weight, ignore_index, label_smoothing, align_corners):
-    log_p, wanted, _ = _distributions(logits, target, weight, ignore_index, label_smoothing, align_corners)
+    log_p, wanted, _ = distributions(logits, target, weight, ignore_index, label_smoothing, align_corners)
     grad = (log_p.exp() * wanted.sum(1, keepdim=True) - wanted) * grad_losses.double()[:, None]
     dtype = position_dtype(logits.dtype)
     gradient = resize_backward(grad, logits.shape, None, align_corners, dtype).to(dtype)
     return gradient.contiguous(memory_format=suggest_memory_format(logits))
 
 
-def _distributions(logits, target, weight, ignore_index, label_smoothing, align_corners):
+def distributions(logits, target, weight, ignore_index, label_smoothing, align_corners):
     """[N, C, H, W]: log of the softmax, and the weight of each class in the loss; the sum of the targets' weights."""
     classes = logits.shape[1]
     scores = resize(logits.double(), target.shape[1:], None, align_corners, position_dtype(logits.dtype))
