@@ -77,8 +77,10 @@ inline ConvShape conv_shape(const at::Tensor& input, const at::Tensor& weight,
                    dilation[1]};
 }
 
-// torch.nn.functional.conv2d's rule: channels_last when input or weight suggests it.
+// torch.nn.functional.conv2d's rule: channels_last when input or weight suggests it, but never
+// float64 on a GPU.
 inline at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight) {
+  if (input.is_cuda() && input.scalar_type() == at::kDouble) return at::MemoryFormat::Contiguous;
   const bool channels_last = input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
                              weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;

@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+
+
+def _hardswish(z):
+    if z.dtype == torch.float64:  # on a GPU ATen multiplies by a sixth in float32, whatever the dtype
+        return z * F.relu6(z + 3) / 6
+    return F.hardswish(z)
+
+
 _FORWARD = {
     "none": lambda z: z,
     "relu": torch.relu,
     "relu6": F.relu6,
-    "hardswish": F.hardswish,
+    "hardswish": _hardswish,
     "silu": F.silu,
 }
 ACTIVATIONS = tuple(_FORWARD)

@@ -52,7 +52,9 @@ def tap_slices(input, weight, size, stride, padding, dilation) -> Iterator[tuple
 
 
 def conv_memory_format(input: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
-    """torch.nn.functional.conv2d's rule: channels_last when input or weight suggests it."""
+    """torch.nn.functional.conv2d's rule: channels_last when input or weight suggests it, but never float64 on a GPU."""
+    if input.is_cuda and input.dtype == torch.float64:
+        return torch.contiguous_format
     formats = (suggest_memory_format(input), suggest_memory_format(weight))
     return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 

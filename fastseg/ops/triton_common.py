@@ -127,12 +127,19 @@ def round_to_tf32(b_x):
 
 @triton.jit
 def multiply_add(b_left, b_right, acc, PRECISION: tl.constexpr):
-    """acc + b_left @ b_right, with fp32 operands multiplied as PRECISION says: "tf32" or "ieee"."""
+    """acc + b_left @ b_right, with fp32 operands multiplied as PRECISION says: "tf32" or "ieee".
+
+    Long sums of IEEE products are sums of blocks: in one chain every rounding is of the size of the whole sum.
+    """
     if b_left.dtype == tl.float32 and PRECISION == "tf32":
         b_left, b_right = round_to_tf32(b_left), round_to_tf32(b_right)
     if INTERPRETED:  # its product of bfloat16 is that of the bits
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
-    return tl.dot(b_left, b_right, acc, input_precision=PRECISION)
+    if b_left.dtype == tl.float32 and PRECISION == "ieee":
+        acc += tl.dot(b_left, b_right, input_precision="ieee")
+    else:
+        acc = tl.dot(b_left, b_right, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
