@@ -7,6 +7,7 @@ b_ block of data, s_ stride of a tensor. Importing this module needs Triton and 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
 import os
 from collections.abc import Sequence
@@ -306,6 +307,18 @@ class DeviceTable:
         if not self._rows.is_pinned():
             self._rows = self._rows.pin_memory()
         return self._rows
+
+
+def scratch_context(device: torch.device) -> contextvars.Context:
+    """What to run a launch in whose kernel makes descriptors: Triton keeps them in memory that it asks for here.
+
+    An allocator that the user has set stays as it is outside.
+    """
+    context = contextvars.copy_context()
+    context.run(
+        triton.set_allocator, lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+    )
+    return context
 
 
 def launch(kernel, programs: int, *args, **constants) -> None:

@@ -112,16 +112,16 @@ def test_outputs_that_see_padding_alone(device):
 def test_splits_of_the_weight_gradient(device):
     """The second stage adds what several programs have summed up, always in the same order."""
     config = Config(16, 16, 16, 1, 3)
-    x, weight, bias = tensors(device, torch.float16, images=2, channels=8, outputs=8, size=(13, 11), kernel=(1, 2))
+    x, weight, bias = tensors(device, torch.float16, images=2, channels=8, outputs=8, size=(13, 20), kernel=(1, 2))
     geometry = ([1, 1], [0, 0, 0, 1], [1, 1])
     shape = conv_shape(x, weight, *geometry)
     layout = triton_plan.GradWeightLayout(8, 8, False, "ieee")
-    plan, rows = triton_plan.plan_grad_weight((shape,), (0,), 2, layout, H200, config)
+    plan, rows = triton_plan.plan_grad_weight((shape,), (0,), 2, layout, False, H200, config)
     assert plan.programs >= 2 * 2 + 1, "more splits than two taps can have tiles"
     assert rows == 8 * plan.programs
     with operator.forced_config(config):
         check(x, weight, bias, geometry)
-        grad_output = random_tensor((2, 8, 13, 11), torch.float16, seed=4, device=device)
+        grad_output = random_tensor((2, 8, 13, 20), torch.float16, seed=4, device=device)
         first, second = (
             operator.backward(grad_output, x, weight, *geometry, (False, True, False))[1] for _ in range(2)
         )

@@ -164,7 +164,7 @@ def plan_branches(
     config = forced if isinstance(forced, Config) else None
     if config is None:
         configs = configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_TARGET)
-        config = choose_config(configs, device, itemsize, programs, 1, steps)
+        config, _ = choose_config(configs, device, itemsize, programs, 1, steps)
 
     rows, sums, first, first_tile = [], [], 0, {}
     for piece, count in zip(found, programs(config), strict=True):

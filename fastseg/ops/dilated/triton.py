@@ -39,31 +39,39 @@ import contextlib
 import math
 
 import torch
-import triton
-import triton.language as tl
 
+from fastseg.ops.dilated.triton_grad_weight import (
+    dilated_grad_weight,
+    dilated_grad_weight_boxes,
+    dilated_grad_weight_reduce,
+)
 from fastseg.ops.dilated.triton_plan import (
     BOX_CONFIGS,
     CONFIGS,
+    FINISH_BLOCK_M,
+    FINISH_BLOCK_N,
+    GRAD_BOX_CONFIGS,
     IEEE_CONFIGS,
+    MAX_REDUCE_SPLITS,
     NARROW_CONFIGS,
     REDUCE_BLOCK,
-    REDUCE_BLOCK_SPLITS,
-    TAP_FIELDS,
     BoxConfig,
     Config,
+    GradBoxConfig,
     GradWeightLayout,
     Layout,
     device_limits,
     plan_grad_weight,
     plan_product,
+    power_of_two,
 )
 from fastseg.ops.dilated.triton_product import (
     can_describe,
     describe,
     dilated_product,
     dilated_product_boxes,
-    find_row,
+    dilated_product_finish,
+    outer_spacing,
 )
 from fastseg.ops.geometry import empty_gradients, empty_output
 from fastseg.ops.triton_common import (
@@ -75,148 +83,41 @@ from fastseg.ops.triton_common import (
     conv_shape,
     fail,
     group_size,
-    in_groups,
     launch,
-    multiply_add,
     needs_index_64,
     on_device,
-    split_index,
-    store_tile,
+    scratch_context,
     strides,
-    widen,
 )
 
 __all__ = [
     "BOX_CONFIGS",
     "CONFIGS",
+    "GRAD_BOX_CONFIGS",
     "IEEE_CONFIGS",
     "NARROW_CONFIGS",
     "BoxConfig",
     "Config",
+    "GradBoxConfig",
     "backward",
     "forced_config",
     "forward",
 ]
 
-# Arguments that change from layer to layer and gain nothing from being known when a kernel is compiled.
-GRAD_WEIGHT_SIZES = (
-    *("N", "C", "n_taps", "n_steps", "n_blocks_c", "stride_h", "stride_w"),
-    *("s_gyn", "s_gyp", "s_gyq", "s_xn", "s_xh", "s_xw"),
-)
-_TAP_FIELDS = tl.constexpr(TAP_FIELDS)
-
-
-# fmt: off
-@triton.jit(do_not_specialize=GRAD_WEIGHT_SIZES)
-def dilated_grad_weight(
-    p_gy,  # [N, output channels, P, Q], channels adjacent
-    p_x,  # [N, C, H, W], channels adjacent
-    p_partials,  # [rows, C] fp32: for each tap [splits, K]
-    p_taps,  # [n_taps + 1, TAP_FIELDS]
-    N, C, n_taps,
-    n_steps,  # of a program
-    n_blocks_c,
-    stride_h, stride_w,
-    s_gyn, s_gyp, s_gyq,
-    s_xn, s_xh, s_xw,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAPS: tl.constexpr,
-    GROUP_GY: tl.constexpr, GROUP_X: tl.constexpr, PRECISION: tl.constexpr, IS_INDEX_64: tl.constexpr,
-):
-    # fmt: on
-    ITEMSIZE: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth // 8
-    p_tap = find_row(p_taps, tl.program_id(0), n_taps, _TAP_FIELDS, BLOCK_TAPS)
-    i_channel, K = tl.load(p_tap + 2), tl.load(p_tap + 3)
-    i_p, n_p, i_h = tl.load(p_tap + 4).to(tl.int64), tl.load(p_tap + 5), tl.load(p_tap + 6).to(tl.int64)
-    i_q, n_q, i_w = tl.load(p_tap + 7).to(tl.int64), tl.load(p_tap + 8), tl.load(p_tap + 9).to(tl.int64)
-    i_c, i_part = split_index(tl.program_id(0) - tl.load(p_tap), n_blocks_c)
-    i_k, i_part = split_index(i_part, tl.cdiv(K, BLOCK_M))
-    p_gy += i_p * s_gyp + i_q * s_gyq + i_channel
-    p_x += i_h * s_xh + i_w * s_xw
-
-    i_first = widen(i_part, IS_INDEX_64) * n_steps * BLOCK_D
-    o_q, o_image = split_index(i_first + tl.arange(0, BLOCK_D), n_q)
-    o_p, o_image = split_index(o_image, n_p)
-    o_k = widen(i_k, IS_INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_c = widen(i_c, IS_INDEX_64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_k = o_k < in_groups(K, GROUP_GY)
-    m_c = o_c < in_groups(C, GROUP_X)
-
-    # From one step to the next a pixel moves on by BLOCK_D: so many columns, rows and images, and two carries.
-    jump_q, jump_p = split_index(BLOCK_D, n_q)
-    jump_p, jump_image = split_index(jump_p, n_p)
-    n_left = tl.cdiv(widen(N, IS_INDEX_64) * n_p * n_q - i_first, BLOCK_D)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in tl.range(0, tl.minimum(n_left, n_steps).to(tl.int32)):
-        m_pixel = (o_image < N)[:, None]
-        o_gy = o_image * s_gyn + o_p * s_gyp + o_q * s_gyq
-        o_x = o_image * s_xn + o_p * stride_h * s_xh + o_q * stride_w * s_xw
-        p_gy_tile = tl.multiple_of(p_gy + (o_gy[:, None] + o_k[None, :]), [1, GROUP_GY * ITEMSIZE])
-        p_x_tile = tl.multiple_of(p_x + (o_x[:, None] + o_c[None, :]), [1, GROUP_X * ITEMSIZE])
-        b_gy = tl.load(p_gy_tile, mask=m_pixel & m_k[None, :], other=0.0)  # [BLOCK_D, BLOCK_M]
-        b_x = tl.load(p_x_tile, mask=m_pixel & m_c[None, :], other=0.0)  # [BLOCK_D, BLOCK_N]
-        acc = multiply_add(b_gy.T, b_x, acc, PRECISION)
-
-        o_q += jump_q
-        is_next_row = o_q >= n_q
-        o_q = tl.where(is_next_row, o_q - n_q, o_q)
-        o_p += jump_p + is_next_row.to(tl.int32)
-        is_next_image = o_p >= n_p
-        o_p = tl.where(is_next_image, o_p - n_p, o_p)
-        o_image += jump_image + is_next_image.to(tl.int32)
-
-    p_partials += (tl.load(p_tap + 1).to(tl.int64) + i_part.to(tl.int64) * K) * C
-    o_partials = o_k[:, None] * C + o_c[None, :]
-    store_tile(p_partials, o_partials, acc, (o_k < K)[:, None] & m_c[None, :], GROUP_X)  # [BLOCK_M, BLOCK_N]
-
-
-# fmt: off
-@triton.jit(do_not_specialize=("K", "C", "S", "i_first_tap"))
-def dilated_grad_weight_reduce(
-    p_partials,  # [rows, C] fp32: for each tap [splits, K]
-    p_gw,  # [K, C, R, S]
-    p_taps,  # [taps + 1, TAP_FIELDS], R * S of them of this weight
-    K, C, S,
-    i_first_tap,
-    s_gwk, s_gwc, s_gwr, s_gws,
-    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):
-    # fmt: on
-    i_block, i_tap = split_index(tl.program_id(0), tl.cdiv(tl.cast(K, tl.int64) * C, BLOCK).to(tl.int32))
-    p_tap = p_taps + (i_first_tap + i_tap) * _TAP_FIELDS
-    i_first = tl.load(p_tap + 1)
-    n_splits = (tl.load(p_tap + _TAP_FIELDS + 1) - i_first) // K
-    n_weights = tl.cast(K, tl.int64) * C
-    p_partials += i_first.to(tl.int64) * C
-    o_weight = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    o_split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    m_weight = o_weight < n_weights
-
-    acc = tl.zeros([BLOCK_SPLITS, BLOCK], tl.float32)
-    for i_split in tl.range(0, n_splits, BLOCK_SPLITS):
-        o_partials = (i_split + o_split) * n_weights + o_weight[None, :]
-        m_partials = (i_split + o_split < n_splits) & m_weight[None, :]
-        acc += tl.load(p_partials + o_partials, mask=m_partials, other=0)  # [BLOCK_SPLITS, BLOCK]
-    b_sum = tl.sum(acc, 0)  # [BLOCK]
-
-    o_c, o_k = split_index(o_weight, C)
-    i_s, i_r = split_index(i_tap, S)
-    o_gw = o_k * s_gwk + o_c * s_gwc + i_r.to(tl.int64) * s_gwr + i_s * s_gws
-    tl.store(p_gw + o_gw, b_sum.to(p_gw.dtype.element_ty), mask=m_weight)  # [BLOCK]
-
-
-forced: Config | BoxConfig | None = None
+forced: Config | BoxConfig | GradBoxConfig | None = None
+forced_splits = 1
 
 
 @contextlib.contextmanager
-def forced_config(config: Config | BoxConfig):
+def forced_config(config: Config | BoxConfig | GradBoxConfig, splits: int = 1):
     """Run every kernel with `config`, whatever the problem; with boxes only where a kernel can take them."""
-    global forced
-    previous, forced = forced, config
+    global forced, forced_splits
+    previous = forced, forced_splits
+    forced, forced_splits = config, splits
     try:
         yield
     finally:
-        forced = previous
+        forced, forced_splits = previous
 
 
 def forward(input, weight, bias, stride, padding, dilation, activation, scale=None):
@@ -297,28 +198,59 @@ def _launch_product(
     limits = device_limits(source.device)
     has_image_bias = bias is not None and bias.dim() == 2
     plan = plan_product(
-        targets, shape, tuple(padding), source.element_size(), layout, describable, limits, forced, has_image_bias
-    )
+        targets, shape, tuple(padding), source.element_size(), layout, describable, limits, forced, forced_splits,
+        has_image_bias,
+    )  # fmt: skip
     if plan.has_boxes:
         kernel, operands = dilated_product_boxes, _descriptors(source, weight, plan.arguments)
     else:
         strides_s, strides_w = outer_strides("s_sn s_sh s_sw", source), outer_strides("s_wk s_wr s_ws", weight)
         kernel, operands = dilated_product, {"p_source": source, "p_weight": weight, **strides_s, **strides_w}
+    epilogue = {"p_scale": scale, "p_bias": bias, "ACTIVATION": activation}
+    sums = image
+    if plan.splits > 1:
+        sums = torch.empty((plan.splits, *image.shape), dtype=torch.float32, device=image.device)
+        sums = sums.view(plan.splits, image.shape[0], *image.shape[2:], image.shape[1]).permute(0, 1, 4, 2, 3)
     launch(
         kernel,
         plan.programs,
         **operands,
-        p_scale=scale,
-        p_bias=bias,
-        p_target=image,
+        p_target=sums,
         p_rectangles=plan.table.on(source.device),
         n_row=n_row,
-        **outer_strides("s_tn s_th s_tw", image),
-        ACTIVATION=activation,
+        **outer_strides("s_tn s_th s_tw", image if sums is image else sums[0]),
+        s_split=sums.stride(0),
+        **(epilogue if sums is image else {"p_scale": None, "p_bias": None, "ACTIVATION": "none"}),
         **plan.arguments,
     )
+    if sums is not image:
+        _finish_product(sums, image, n_row, layout.GROUP_TARGET, epilogue)
     if result is not target:
         target.copy_(result)
+
+
+def _finish_product(sums, image, n_row: int, group: int, epilogue: dict) -> None:
+    """Adds `sums` [splits, N, K, height, width], each channels_last, into `image`."""
+    N, K, height, width = image.shape
+    n_blocks = cdiv(K, FINISH_BLOCK_N)
+    launch(
+        dilated_product_finish,
+        cdiv(N * height * width, FINISH_BLOCK_M) * n_blocks,
+        p_partials=sums,
+        p_target=image,
+        n_pixels=N * height * width,
+        n_columns=K,
+        n_blocks=n_blocks,
+        n_h=height,
+        n_w=width,
+        n_row=n_row,
+        n_splits=sums.shape[0],
+        **outer_strides("s_tn s_th s_tw", image),
+        BLOCK_M=FINISH_BLOCK_M,
+        BLOCK_N=FINISH_BLOCK_N,
+        GROUP_TARGET=group,
+        **epilogue,
+    )
 
 
 def _descriptors(source, weight, arguments) -> dict:
@@ -348,28 +280,33 @@ def launch_grad_weights(shapes, channels, gy, x, grad_weights) -> None:
         IS_INDEX_64=needs_wide_offsets(gy, x, *grad_weights),
         PRECISION=precision(x.dtype),
     )
+    describable = can_describe(gy) and can_describe(x)
     plan, rows = plan_grad_weight(
-        tuple(shapes), tuple(channels), x.element_size(), layout, device_limits(x.device), forced
+        tuple(shapes), tuple(channels), x.element_size(), layout, describable, device_limits(x.device), forced
     )
     partials = gy.new_empty((rows, C), dtype=torch.float32)
     taps = plan.table.on(x.device)
     if plan.programs > 0:
-        launch(
-            dilated_grad_weight,
+        scratch_context(x.device).run(
+            launch,
+            dilated_grad_weight_boxes if plan.has_boxes else dilated_grad_weight,
             plan.programs,
             p_gy=gy,
             p_x=x,
             p_partials=partials,
             p_taps=taps,
-            **outer_strides("s_gyn s_gyp s_gyq", gy),
-            **outer_strides("s_xn s_xh s_xw", x),
+            **dict(zip(("s_gyn", "s_gyp", "s_gyq"), outer_spacing(gy), strict=True)),
+            **dict(zip(("s_xn", "s_xh", "s_xw"), outer_spacing(x), strict=True)),
             **plan.arguments,
         )
+    splits = cdiv(rows, sum(shape.K * shape.R * shape.S for shape in shapes))  # of a tap, on average
+    block_splits = min(power_of_two(splits, 1), MAX_REDUCE_SPLITS)
+    block = REDUCE_BLOCK // block_splits
     first_tap = 0
     for shape, grad_weight in zip(shapes, grad_weights, strict=True):
         launch(
             dilated_grad_weight_reduce,
-            cdiv(shape.K * C, REDUCE_BLOCK) * shape.R * shape.S,
+            cdiv(shape.K * C, block) * shape.R * shape.S,
             p_partials=partials,
             p_gw=grad_weight,
             p_taps=taps,
@@ -378,8 +315,8 @@ def launch_grad_weights(shapes, channels, gy, x, grad_weights) -> None:
             S=shape.S,
             i_first_tap=first_tap,
             **strides("s_gwk s_gwc s_gwr s_gws", grad_weight),
-            BLOCK_SPLITS=REDUCE_BLOCK_SPLITS,
-            BLOCK=REDUCE_BLOCK,
+            BLOCK_SPLITS=block_splits,
+            BLOCK=block,
             num_warps=4,
         )
         first_tap += shape.R * shape.S

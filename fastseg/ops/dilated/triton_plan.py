@@ -69,6 +69,28 @@ class BoxConfig(NamedTuple):
         return cdiv(images, self.BOX_N) * cdiv(rows, self.BOX_H) * cdiv(columns, self.BOX_W)
 
 
+class GradBoxConfig(NamedTuple):
+    """A tile of grad_weight, BLOCK_M output channels x BLOCK_N input channels, over a box of pixels at a time."""
+
+    BOX_N: int
+    BOX_H: int
+    BOX_W: int
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+    results_per_thread = Config.results_per_thread
+    shared_memory = Config.shared_memory
+
+    def depth(self, itemsize: int) -> int:
+        return self.BOX_N * self.BOX_H * self.BOX_W
+
+    def boxes(self, images: int, rows: int, columns: int) -> int:
+        """How many boxes hold the pixels of a tap."""
+        return cdiv(images, self.BOX_N) * cdiv(rows, self.BOX_H) * cdiv(columns, self.BOX_W)
+
+
 # choose_config takes the cheapest for a problem. Large tiles reuse what they load; small ones leave no multiprocessor
 # idle where there are few pixels; thin ones serve the few channels of a classifier.
 CONFIGS = (
@@ -113,6 +135,11 @@ BOX_CONFIGS = tuple(
     )
     for box in _BOXES[pixels]
 )
+GRAD_BOX_CONFIGS = tuple(
+    GradBoxConfig(*box, *rest)
+    for rest in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4))
+    for box in ((1, 1, 64), (1, 4, 16), (1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 4), (16, 2, 2))
+)
 MAX_BOX_BYTES = 256  # of a thread's results in the dtype: TF32 is rounded in registers, which leaves half as many
 MAX_IMAGE_BIAS = 64  # results of a thread that boxes leave beside the image of each pixel, of which a bias is taken
 # ptxas spills a register or two where that fits one more block on a multiprocessor, with addresses for every element.
@@ -121,16 +148,21 @@ NO_SPILLS = {"maxnreg": 255}
 # The model behind the choice, in multiply-adds of 16-bit data. A multiprocessor does about 2000 a cycle and loads about
 # 64 bytes from L2: a tile of 128 x 128 is where both take the same time.
 LOAD_COST = 64  # of one row or column of a tile, for each term of the sum
-STEP_LATENCY = 400_000  # the least a step takes when nothing else runs beside it
+STEP_LATENCY = 800_000  # the least a step takes when nothing else runs beside it
 TILE_COST = 2_000_000  # filling the pipeline, finding the rectangle, storing the results
+SPLIT_COST = 10_000_000  # a second launch
+PARTIAL_COST = 8  # of a partial sum, written and read by all multiprocessors together
 BOX_GAIN = 8  # one part in so many of a step by pointers goes to an address and a copy for every 16 bytes
+
+SPLITS = (1, 2, 3, 4, 6, 8)  # of a product's sums
+FINISH_BLOCK_M, FINISH_BLOCK_N = 8, 128  # tile of their second stage
 
 # grad_weight: no more programs than a large GPU holds in two rounds, and so little for the second stage to read. The
 # number does not depend on the device, so neither do the splits.
 TARGET_PROGRAMS = 512
-MIN_STEPS = 4  # of one program
-# Tile of the second stage: many splits at once, for each turn waits for memory. The interpreter wants few programs.
-REDUCE_BLOCK_SPLITS, REDUCE_BLOCK = 16, 4096 if is_interpreted() else 128
+MIN_STEPS = 12  # of one program: a split costs 4 bytes for each weight, written and read
+# Tile of the second stage: so many splits at once, for each turn waits for memory, and partial sums in all.
+MAX_REDUCE_SPLITS, REDUCE_BLOCK = 16, 65536 if is_interpreted() else 2048
 
 
 class Device(NamedTuple):
@@ -166,7 +198,8 @@ class Plan(NamedTuple):
     programs: int
     table: DeviceTable
     arguments: dict[str, int | bool | str]  # of the kernel, and Triton's own
-    has_boxes: bool = False  # whether the kernel is dilated_product_boxes
+    has_boxes: bool = False  # whether the kernel is the one that loads by descriptors
+    splits: int = 1  # of each sum of a product; several leave partial sums for a second stage
 
 
 # Columns of the kernels' tables, as triton.py reads them.
@@ -213,29 +246,38 @@ def boxes_for(itemsize: int, layout: Layout, device: Device) -> tuple[BoxConfig,
     return tuple(c for c in BOX_CONFIGS if c.results_per_thread * itemsize <= MAX_BOX_BYTES)
 
 
-def choose_config(configs, device: Device, itemsize: int, tiles, columns: int, steps) -> Config | BoxConfig:
-    """The cheapest configuration that fits the device; of equals the one with less work, then the smallest.
+def choose_config(
+    configs, device: Device, itemsize: int, tiles, columns: int, steps, splits: Sequence[int] = (1,)
+) -> tuple[Config | BoxConfig | GradBoxConfig, int]:
+    """The cheapest configuration that fits the device, and into how many of `splits` its sums are cut; of equals the
+    one with less work, then the smallest.
 
     `tiles(config)` lists how many row blocks there are of each depth, `steps(config)` the steps of each; `columns` is
     the width of the product. The time is that of all programs shared out, with the shortest ones last, or of the
     longest one where those are few.
     """
 
-    def cost(config: Config):
+    def cost(choice: tuple[Config, int]):
+        config, n_splits = choice
         depth = config.depth(itemsize)
         area = config.BLOCK_M * config.BLOCK_N
         step = max(area, LOAD_COST * (config.BLOCK_M + config.BLOCK_N)) * depth * itemsize // 2
-        if isinstance(config, BoxConfig):
+        if isinstance(config, (BoxConfig, GradBoxConfig)):
             step -= step // BOX_GAIN
         alone = max(step, STEP_LATENCY)
         shared = alone if is_interpreted() else step  # the interpreter runs nothing beside a program
         blocks = cdiv(columns, config.BLOCK_N)
-        work = sum(n * blocks * (TILE_COST + s * shared) for n, s in zip(tiles(config), steps(config), strict=True))
-        longest = TILE_COST + max(steps(config)) * alone
-        last = TILE_COST + min(steps(config)) * shared  # half of the device waits while the last round runs
-        return max(work / device.multiprocessors + last / 2, longest), work, area, depth
+        turns = [cdiv(s, n_splits) for s in steps(config)]
+        work = sum(n * blocks * n_splits * (TILE_COST + s * shared) for n, s in zip(tiles(config), turns, strict=True))
+        longest = TILE_COST + max(turns) * alone
+        last = TILE_COST + min(turns) * shared  # half of the device waits while the last round runs
+        time = max(work / device.multiprocessors + last / 2, longest)
+        if n_splits > 1:
+            time += SPLIT_COST + PARTIAL_COST * n_splits * sum(tiles(config)) * config.BLOCK_M * columns
+        return time, work, area, depth
 
-    return min((c for c in configs if c.shared_memory(itemsize) <= device.shared_memory), key=cost)
+    fitting = [c for c in configs if c.shared_memory(itemsize) <= device.shared_memory]
+    return min(((c, n) for c in fitting for n in splits), key=cost)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -247,7 +289,8 @@ def plan_product(
     layout: Layout,
     can_describe: bool,
     device: Device,
-    forced: Config | BoxConfig | None,
+    forced: Config | BoxConfig | GradBoxConfig | None,
+    forced_splits: int,
     has_image_bias: bool = False,
 ) -> Plan:
     """The launch of dilated_product, or of dilated_product_boxes, for `targets` "outputs" (forward) or "inputs"
@@ -282,9 +325,11 @@ def plan_product(
     boxes = boxes_for(itemsize, layout, device) if can_describe and has_neighbours else ()
     if has_image_bias:
         boxes = tuple(c for c in boxes if c.results_per_thread <= MAX_IMAGE_BIAS)
-    if isinstance(forced, BoxConfig) and forced not in boxes:
+    if isinstance(forced, GradBoxConfig) or (isinstance(forced, BoxConfig) and forced not in boxes):
         forced = None
-    config = forced or choose_config((*configs, *boxes), device, itemsize, tiles, columns, steps)
+    config, splits = forced, forced_splits
+    if config is None:
+        config, splits = choose_config((*configs, *boxes), device, itemsize, tiles, columns, steps, SPLITS)
     rows, first = [], 0
     for rectangle, count in zip(found, tiles(config), strict=True):
         spans = rectangle.rows, rectangle.columns
@@ -296,7 +341,9 @@ def plan_product(
         "n_columns": columns,
         "n_rectangles": len(rows),
         "n_blocks": n_blocks,
+        "n_splits": splits,
         "BLOCK_RECTANGLES": power_of_two(len(rows)),
+        "IS_SPLIT": splits > 1,
         "IS_GRAD_INPUT": targets == "inputs",
         **tile_arguments(config, itemsize, layout.PRECISION, loads, layout.GROUP_TARGET),
     }
@@ -307,7 +354,7 @@ def plan_product(
     else:
         is_whole = depth % config.depth(itemsize) == 0
         arguments |= {"n_depth": depth, "IS_DEPTH_WHOLE": is_whole, **spacing, **layout._asdict()}
-    return Plan(first * n_blocks, DeviceTable(rows), arguments, has_boxes)
+    return Plan(first * n_blocks * splits, DeviceTable(rows), arguments, has_boxes, splits)
 
 
 def tap_fields(taps: Sequence[Tap]) -> tuple[int, ...]:
@@ -333,46 +380,58 @@ def plan_grad_weight(
     channels: tuple[int, ...],
     itemsize: int,
     layout: GradWeightLayout,
+    can_describe: bool,
     device: Device,
-    forced: Config | BoxConfig | None,
+    forced: Config | BoxConfig | GradBoxConfig | None,
 ) -> tuple[Plan, int]:
-    """The launch of dilated_grad_weight, and the rows of partial sums [rows, C] that it leaves.
+    """The launch of dilated_grad_weight, or of dilated_grad_weight_boxes, and the rows of partial sums [rows, C] that
+    it leaves.
 
     `shapes`: convolutions of one input with one stride; `channels`: the first channel of each one's output in
     grad_output. The table lists the taps of one after those of the other, so each convolution's second stage finds its
-    own from some row on.
+    own from some row on. `can_describe`: whether descriptors can hold both tensors.
 
     The pixels of each tap are split where its live outputs are more than one program should sum up, so all programs
     but the last of a tap are equally long. A tap without live outputs has no split.
     """
     taps = [(i, row, column) for i, s in enumerate(shapes) for row in _tap_rows(s) for column in _tap_columns(s)]
-    pixels = [shapes[i].N * row[1] * column[1] for i, row, column in taps]
-    C = shapes[0].C
+    N, C = shapes[0].N, shapes[0].C
 
-    def blocks(c: Config, i: int) -> int:
+    def blocks(c, i: int) -> int:
         return cdiv(shapes[i].K, c.BLOCK_M) * cdiv(C, c.BLOCK_N)
 
-    def programs(c: Config, steps: int) -> list[int]:
-        return [blocks(c, i) * cdiv(n, steps * c.depth(itemsize)) for (i, *_), n in zip(taps, pixels, strict=True)]
+    def tap_steps(c) -> list[int]:
+        if isinstance(c, GradBoxConfig):
+            return [c.boxes(N, row[1], column[1]) for _, row, column in taps]
+        return [cdiv(N * row[1] * column[1], c.depth(itemsize)) for _, row, column in taps]
 
-    def steps_of_program(c: Config) -> int:
-        allowed = max(TARGET_PROGRAMS, sum(programs(c, max(1, *pixels))))
+    def programs(c, steps: int) -> list[int]:
+        return [blocks(c, i) * cdiv(n, steps) for (i, *_), n in zip(taps, tap_steps(c), strict=True)]
+
+    def steps_of_program(c) -> int:
+        longest = max(1, *tap_steps(c))
+        allowed = max(TARGET_PROGRAMS, sum(programs(c, longest)))
         steps = max(MIN_STEPS, sum(programs(c, 1)) // allowed)
         while sum(programs(c, steps)) > allowed:  # each tap rounds up
             steps += 1 + steps // 16
-        return min(steps, cdiv(max(1, *pixels), c.depth(itemsize)))  # no longer than the longest tap
+        return cdiv(longest, max(1, longest // steps))  # the longest tap is split evenly
 
     loads = min(layout.GROUP_GY, layout.GROUP_X)
-    if isinstance(forced, BoxConfig):
+    boxes = GRAD_BOX_CONFIGS if can_describe and itemsize == 2 and device.capability >= 9 else ()
+    if is_narrow(itemsize, loads):
+        boxes = ()
+    if isinstance(forced, BoxConfig) or (isinstance(forced, GradBoxConfig) and forced not in boxes):
         forced = None
-    config = forced or choose_config(
-        configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_X),
-        device,
-        itemsize,
-        tiles=lambda c: [sum(programs(c, steps_of_program(c))) // cdiv(C, c.BLOCK_N)],
-        columns=C,
-        steps=lambda c: [steps_of_program(c)],
-    )
+    config = forced
+    if config is None:
+        config, _ = choose_config(
+            (*configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_X), *boxes),
+            device,
+            itemsize,
+            tiles=lambda c: [sum(programs(c, steps_of_program(c))) // cdiv(C, c.BLOCK_N)],
+            columns=C,
+            steps=lambda c: [steps_of_program(c)],
+        )
     steps = steps_of_program(config)
     rows, first, first_partial = [], 0, 0
     for (i, row, column), count in zip(taps, programs(config, steps), strict=True):
@@ -381,7 +440,7 @@ def plan_grad_weight(
         first_partial += count // blocks(config, i) * shapes[i].K
     table = DeviceTable([*rows, (first, first_partial) + (0,) * (TAP_FIELDS - 2)])  # the last row ends the last tap
     arguments = {
-        "N": shapes[0].N,
+        "N": N,
         "C": C,
         "n_taps": len(rows),
         "n_steps": steps,
@@ -392,7 +451,10 @@ def plan_grad_weight(
         **layout._asdict(),
         **tile_arguments(config, itemsize, layout.PRECISION, loads),
     }
-    return Plan(first, table, arguments), first_partial
+    has_boxes = isinstance(config, GradBoxConfig)
+    if has_boxes:
+        del arguments["GROUP_GY"], arguments["BLOCK_D"]
+    return Plan(first, table, arguments, has_boxes), first_partial
 
 
 def _tap_rows(shape: ConvShape) -> list[tuple[int, int, int]]:

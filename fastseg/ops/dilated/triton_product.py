@@ -32,15 +32,19 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastseg.ops.dilated.triton_plan import RECTANGLE_FIELDS, SPAN_FIELDS
-from fastseg.ops.triton_common import activate, in_groups, multiply_add, split_index, store_tile, widen
+from fastseg.ops.triton_common import activate, in_groups, multiply_add, split_index, store_tile, tile_pointers, widen
 
 # Arguments that change from layer to layer and gain nothing from being known when a kernel is compiled: alignment is
 # told by GROUP_*.
 PRODUCT_SIZES = (
     *("N", "n_depth", "n_columns", "n_rectangles", "n_blocks", "period_h", "period_w", "step_h", "step_w"),
-    *("n_row", "s_sn", "s_sh", "s_sw", "s_wk", "s_wr", "s_ws", "s_tn", "s_th", "s_tw"),
+    *("n_row", "n_splits", "s_sn", "s_sh", "s_sw", "s_wk", "s_wr", "s_ws", "s_tn", "s_th", "s_tw", "s_split"),
 )
-BOX_SIZES = ("N", "n_columns", "n_rectangles", "n_steps", "n_blocks", "n_row", "s_tn", "s_th", "s_tw")
+BOX_SIZES = (
+    *("N", "n_columns", "n_rectangles", "n_steps", "n_blocks", "n_row", "n_splits"),
+    *("s_tn", "s_th", "s_tw", "s_split"),
+)
+FINISH_SIZES = ("n_pixels", "n_columns", "n_blocks", "n_h", "n_w", "n_row", "n_splits", "s_tn", "s_th", "s_tw")
 _RECTANGLE_FIELDS = tl.constexpr(RECTANGLE_FIELDS)
 _SPAN_FIELDS = tl.constexpr(SPAN_FIELDS)
 
@@ -69,6 +73,22 @@ def load_span(p_span, INDEX: tl.constexpr):
 
 
 @triton.jit
+def first_step(n_steps, n_r, n_s, i_split, n_splits, BLOCK_D: tl.constexpr, IS_SPLIT: tl.constexpr):
+    """Where the program's share of a sum of `n_steps` begins (depth, row, column), and how many steps it has."""
+    i_depth = 0
+    i_row = 0
+    i_column = 0
+    if IS_SPLIT:
+        n_share = tl.cdiv(n_steps, n_splits)
+        i_step = i_split * n_share
+        n_steps = tl.maximum(tl.minimum(n_share, n_steps - i_step), 0)
+        i_column, i_step = split_index(i_step, tl.maximum(n_s, 1))
+        i_row, i_step = split_index(i_step, tl.maximum(n_r, 1))
+        i_depth = i_step * BLOCK_D
+    return i_depth, i_row, i_column, n_steps
+
+
+@triton.jit
 def next_step(i_depth, i_row, i_column, n_r, n_s, BLOCK_D: tl.constexpr):
     """The step after this one: taps of a row, then rows of taps, then source channels."""
     i_column += 1
@@ -94,11 +114,13 @@ def add_taps(
     jump_sh, jump_sw,  # from one to the next, in the source
     jump_r, jump_s,  # and in the weight
     s_wk,
+    i_split, n_splits,
     BLOCK_D: tl.constexpr, GROUP_SOURCE: tl.constexpr, GROUP_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
-    IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr,
+    IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):
     # fmt: on
-    """acc and the product of a tile, over all live taps of its rectangle and all source channels."""
+    """acc and the product of a tile, over all live taps of its rectangle and all source channels, or its split of them.
+    """
     ITEMSIZE: tl.constexpr = p_source.dtype.element_ty.primitive_bitwidth // 8
     o_depth = widen(tl.arange(0, BLOCK_D), IS_INDEX_64)
     o_source = o_source[:, None] + o_depth[None, :]  # [BLOCK_M, BLOCK_D]
@@ -115,10 +137,9 @@ def add_taps(
         n_source = in_groups(n_depth, GROUP_SOURCE)
         n_weight = n_depth if IS_GRAD_INPUT else in_groups(n_depth, GROUP_WEIGHT)
 
-    i_depth = 0
-    i_row = 0
-    i_column = 0
-    for _ in tl.range(0, n_r * n_s * tl.cdiv(n_depth, BLOCK_D)):
+    n_steps = n_r * n_s * tl.cdiv(n_depth, BLOCK_D)
+    i_depth, i_row, i_column, n_steps = first_step(n_steps, n_r, n_s, i_split, n_splits, BLOCK_D, IS_SPLIT)
+    for _ in tl.range(0, n_steps):
         p_x = p_source + (i_row * jump_sh + i_column * jump_sw + i_depth)
         p_w = p_weight + (i_row * jump_r + i_column * jump_s + tl.cast(i_depth, tl.int64) * s_depth)
         m_x = True
@@ -206,19 +227,24 @@ def dilated_product(
     N, n_depth, n_columns, n_rectangles,
     n_blocks,  # of columns
     n_row,  # targets in a row that are one image's
+    n_splits,
     period_h, period_w,  # from one target of a rectangle to the next
     step_h, step_w,  # and from its source to the next one's
     s_sn, s_sh, s_sw,
     s_wk, s_wr, s_ws,
-    s_tn, s_th, s_tw,
+    s_tn, s_th, s_tw, s_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_RECTANGLES: tl.constexpr,
     GROUP_SOURCE: tl.constexpr, GROUP_WEIGHT: tl.constexpr, GROUP_TARGET: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IMAGE_BIAS: tl.constexpr,
-    IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr,
+    IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):
     # fmt: on
     i_block, i_tile = split_index(tl.program_id(0), n_blocks)
+    i_split = 0
+    if IS_SPLIT:
+        i_split, i_tile = split_index(i_tile, n_splits)
+        p_target += tl.cast(i_split, tl.int64) * s_split
     p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
     i_tile -= tl.load(p_rectangle)
     i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 1, tl.int64)
@@ -239,8 +265,8 @@ def dilated_product(
 
     acc = add_taps(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), p_source, p_weight, o_source, o_column, n_depth, n_columns,
-        n_r, n_s, jump_sh * s_sh, jump_sw * s_sw, jump_r * s_wr, jump_s * s_ws, s_wk,
-        BLOCK_D, GROUP_SOURCE, GROUP_WEIGHT, PRECISION, IS_GRAD_INPUT, IS_DEPTH_WHOLE, IS_INDEX_64,
+        n_r, n_s, jump_sh * s_sh, jump_sw * s_sw, jump_r * s_wr, jump_s * s_ws, s_wk, i_split, n_splits,
+        BLOCK_D, GROUP_SOURCE, GROUP_WEIGHT, PRECISION, IS_GRAD_INPUT, IS_DEPTH_WHOLE, IS_INDEX_64, IS_SPLIT,
     )  # fmt: skip
     acc = scale_and_shift(
         acc, p_scale, p_bias, o_image + o_w // n_row, o_column, n_columns,
@@ -263,17 +289,22 @@ def dilated_product_boxes(
     n_steps,  # of the sum, for each tap
     n_blocks,  # of columns
     n_row,  # targets in a row that are one image's
-    s_tn, s_th, s_tw,
+    n_splits,
+    s_tn, s_th, s_tw, s_split,
     BOX_N: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_RECTANGLES: tl.constexpr,
     GROUP_TARGET: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IMAGE_BIAS: tl.constexpr,
-    IS_GRAD_INPUT: tl.constexpr, IS_INDEX_64: tl.constexpr,
+    IS_GRAD_INPUT: tl.constexpr, IS_INDEX_64: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):
     # fmt: on
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     i_block, i_tile = split_index(tl.program_id(0), n_blocks)
+    i_split = 0
+    if IS_SPLIT:
+        i_split, i_tile = split_index(i_tile, n_splits)
+        p_target += tl.cast(i_split, tl.int64) * s_split
     p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
     i_tile -= tl.load(p_rectangle)
     i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 1, tl.int32)
@@ -287,10 +318,10 @@ def dilated_product_boxes(
 
     # Boxes reach beyond the rectangle and the image, where descriptors read zeros: rows that are never stored.
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    i_depth = 0
-    i_row = 0
-    i_column = 0
-    for _ in tl.range(0, n_r * n_s * n_steps):
+    i_depth, i_row, i_column, n_turns = first_step(
+        n_r * n_s * n_steps, n_r, n_s, i_split, n_splits, BLOCK_D, IS_SPLIT
+    )
+    for _ in tl.range(0, n_turns):
         b_x = d_source.load([i_image, i_sh + i_row * jump_sh, i_sw + i_column * jump_sw, i_depth])
         b_x = b_x.reshape(BLOCK_M, BLOCK_D)
         i_weight_row, i_weight_column = i_r + i_row * jump_r, i_s + i_column * jump_s
@@ -316,6 +347,47 @@ def dilated_product_boxes(
     store_product(acc, p_target, o_target, m_pixel, o_column, n_columns, GROUP_TARGET, ACTIVATION)
 
 
+# fmt: off
+@has_vectors
+@triton.jit(do_not_specialize=FINISH_SIZES)
+def dilated_product_finish(
+    p_partials,  # [n_splits, n_pixels, n_columns] fp32
+    p_scale,  # [n_columns] fp32 or None
+    p_bias,  # [n_columns], [images, n_columns] or None
+    p_target,  # [N, n_columns, n_h, n_w], channels adjacent
+    n_pixels, n_columns,
+    n_blocks,  # of columns
+    n_h, n_w,
+    n_row,  # targets in a row that are one image's
+    n_splits,
+    s_tn, s_th, s_tw,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP_TARGET: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IMAGE_BIAS: tl.constexpr,
+):
+    # fmt: on
+    """Adds the splits of a product in their order, then scale, bias and activation."""
+    i_block, i_tile = split_index(tl.program_id(0), n_blocks)
+    o_pixel = i_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_column = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_pixel = o_pixel < n_pixels
+    m_partials = m_pixel[:, None] & (o_column < in_groups(n_columns, GROUP_TARGET))[None, :]
+    o_partials = o_pixel[:, None] * n_columns + o_column[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in tl.range(0, n_splits):
+        p_tile = tile_pointers(p_partials, o_partials, GROUP_TARGET)
+        acc += tl.load(p_tile, mask=m_partials, other=0)  # [BLOCK_M, BLOCK_N]
+        p_partials += tl.cast(n_pixels, tl.int64) * n_columns
+    o_w, o_image = split_index(o_pixel, n_w)
+    o_h, o_image = split_index(o_image, n_h)
+    o_target = o_image * s_tn + o_h * s_th + o_w * s_tw
+    acc = scale_and_shift(
+        acc, p_scale, p_bias, o_image + o_w // n_row, o_column, n_columns,
+        GROUP_TARGET, HAS_SCALE, HAS_BIAS, HAS_IMAGE_BIAS,
+    )  # fmt: skip
+    store_product(acc, p_target, o_target, m_pixel, o_column, n_columns, GROUP_TARGET, ACTIVATION)
+
+
 def can_describe(tensor) -> bool:
     """Whether a descriptor can hold a channels_last tensor whose channels come in aligned groups of 16 bytes."""
     (N, C, H, W), (s_n, _, s_h, s_w) = tensor.shape, tensor.stride()
@@ -330,7 +402,10 @@ def can_describe(tensor) -> bool:
 def describe(tensor, order: str, box: list[int]) -> TensorDescriptor:
     """A descriptor that loads a [N, C, H, W] tensor one `box` at a time, the axes of both in `order`: "NHWC"."""
     sizes = dict(zip("NCHW", tensor.shape, strict=True))
-    strides = dict(zip("NCHW", tensor.stride(), strict=True))
-    # An axis of one entry may have any stride, also one that a descriptor cannot take.
-    outer = [strides[axis] if sizes[axis] > 1 else sizes["C"] for axis in order[:-1]]
-    return TensorDescriptor(tensor, [sizes[axis] for axis in order], [*outer, 1], box)
+    strides = dict(zip("NHW", outer_spacing(tensor), strict=True))
+    return TensorDescriptor(tensor, [sizes[axis] for axis in order], [*(strides[axis] for axis in order[:-1]), 1], box)
+
+
+def outer_spacing(tensor) -> list[int]:
+    """The strides of images, rows and columns. Those of axes of one entry mean nothing, and become ones that fit."""
+    return [tensor.stride(axis) if tensor.shape[axis] > 1 else tensor.shape[1] for axis in (0, 2, 3)]
