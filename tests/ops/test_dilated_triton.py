@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import pytest
 import torch
 
@@ -16,20 +13,24 @@ from fastseg.ops.dilated import triton as operator
 from fastseg.ops.dilated.triton_plan import (
     BOX_CONFIGS,
     CONFIGS,
+    GRAD_BOX_CONFIGS,
     IEEE_CONFIGS,
     NARROW_CONFIGS,
+    WIDE_CONFIGS,
     BoxConfig,
     Config,
     Device,
+    GradBoxConfig,
 )
-from fastseg.ops.triton_common import DeviceTable, conv_shape, is_interpreted
+from fastseg.ops.triton_common import DeviceTable, conv_shape
 from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
-from tests.conftest import RUNG
+from tests.conftest import RUNG, SLOW_RUNG
 from tests.families import DILATED_CASES
 
 SAME_D2 = ([1, 1], [2, 2, 2, 2], [2, 2])
 ROWS_D2 = ([1, 1], [2, 2, 0, 0], [2, 1])  # of a 3x1 filter: three rectangles
 POINTWISE = ([1, 1], [0] * 4, [1, 1])
+SMALL_BOX = BoxConfig(2, 4, 8, 128, 64, 4, 4)
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
 A100 = Device(108, 163 * 1024, 8)
 H200 = Device(132, 227 * 1024, 9)
@@ -84,6 +85,12 @@ def test_every_tile_shape(config, dtype, device, tf32):
         check(*tensors(device, dtype, kernel=(3, 1)), ROWS_D2, tf32=dtype == torch.float32)
 
 
+@pytest.mark.parametrize("config", WIDE_CONFIGS, ids=config_id)
+def test_every_wide_tile_shape(config, device):
+    with operator.forced_config(config):
+        check(*tensors(device, torch.float16, kernel=(3, 1)), ROWS_D2)
+
+
 @pytest.mark.parametrize("channels", [3, 36])
 @pytest.mark.parametrize("config", NARROW_CONFIGS, ids=config_id)
 def test_every_narrow_tile_shape(config, channels, device):
@@ -117,7 +124,7 @@ def test_splits_of_the_weight_gradient(device):
     shape = conv_shape(x, weight, *geometry)
     layout = triton_plan.GradWeightLayout(8, 8, False, "ieee")
     plan, rows = triton_plan.plan_grad_weight((shape,), (0,), 2, layout, False, H200, config)
-    assert plan.programs >= 2 * 2 + 1, "more splits than two taps can have tiles"
+    assert plan.programs > 2, "more programs than two taps have tiles"
     assert rows == 8 * plan.programs
     with operator.forced_config(config):
         check(x, weight, bias, geometry)
@@ -126,6 +133,57 @@ def test_splits_of_the_weight_gradient(device):
             operator.backward(grad_output, x, weight, *geometry, (False, True, False))[1] for _ in range(2)
         )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bias", ["none", "one", "of each image"])
+@pytest.mark.parametrize("splits", [3] if SLOW_RUNG else [2, 5])
+@pytest.mark.parametrize("config", [Config(16, 16, 16, 1, 3), SMALL_BOX], ids=["pointers", "descriptors"])
+def test_splits_of_a_product(config, splits, bias, device):
+    """Several programs share the sum of a tile, some without a step; a second stage adds theirs in order."""
+    x, weight, vector = tensors(device, torch.float16, images=2, channels=72, kernel=(3, 1))
+    images = random_tensor((2, 24), torch.float16, seed=5, device=device)
+    given = {"none": None, "one": vector, "of each image": images}[bias]
+    with operator.forced_config(config, splits):
+        check(x, weight, vector, ROWS_D2)
+        y = operator.forward(x, weight, given, *ROWS_D2, "relu")
+        assert torch.equal(y, operator.forward(x, weight, given, *ROWS_D2, "relu"))
+    for image in range(2):
+        own = images[image] if bias == "of each image" else given
+        wanted = expected_conv(x[image : image + 1], weight, own, *ROWS_D2, "relu").output
+        assert_within(y[image : image + 1], wanted, f"image {image}")
+
+
+GRAD_BOXES = [
+    *{(c.BLOCK_M, c.BLOCK_N): c for c in GRAD_BOX_CONFIGS}.values(),
+    *{c[:3]: c for c in GRAD_BOX_CONFIGS}.values(),
+]
+
+
+@pytest.mark.parametrize("config", dict.fromkeys(GRAD_BOXES), ids=config_id)
+def test_every_box_of_the_weight_gradient(config, device, launched):
+    """Boxes reach beyond a tap's live outputs, into the image on one side or the other."""
+    x, weight, bias = tensors(device, torch.float16, images=3, channels=16, kernel=(3, 1))
+    with operator.forced_config(config):
+        check(x, weight, bias, ROWS_D2)
+    if operator.device_limits(x.device).capability >= 9:
+        assert any(kernel is operator.dilated_grad_weight_boxes for kernel, _ in launched)
+
+
+@pytest.mark.parametrize("value", [torch.nan] if SLOW_RUNG else [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("geometry", [SAME_D2, ([2, 1], [1, 1, 3, 0], [1, 2])], ids=["same", "strided"])
+def test_boxes_of_the_weight_gradient_see_live_outputs_alone(geometry, value, device):
+    """A value that is not finite, in a corner of one tensor, reaches the taps that multiply it and no other."""
+    x, weight, _ = tensors(device, torch.float16, channels=8, outputs=8)
+    grad_output = torch.ones_like(operator.forward(x, weight, None, *geometry, "none"))
+    for struck in (x, grad_output):
+        for corner in (0, -1):
+            kept = struck[0, :, corner, corner].clone()
+            struck[0, :, corner, corner] = value
+            with operator.forced_config(GradBoxConfig(1, 8, 8, 64, 64, 4, 4)):
+                grad_weight = operator.backward(grad_output, x, weight, *geometry, (False, True, False))[1]
+            wanted = expected_conv(x, weight, None, *geometry, "none", grad_output).grad_weight.value
+            assert torch.equal(grad_weight.isfinite(), wanted.isfinite())
+            struck[0, :, corner, corner] = kept
 
 
 def test_tf32_rounds_to_nearest(device, tf32):
@@ -209,7 +267,6 @@ def check_product(x, weight, bias, geometry, tf32=False):
         assert_within(result, bound, name)
 
 
-SMALL_BOX = BoxConfig(2, 4, 8, 64, 64, 4, 4)
 BOX_CASES = [
     name
     for name, case in DILATED_CASES.items()
@@ -286,7 +343,7 @@ def test_a_crop_of_channels_and_pixels_is_described_in_place(device, launched):
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_boxes_take_a_bias_of_each_image(kernel, device, launched):
     """Boxes reach beyond the last image and beyond the last row, which have no bias."""
-    row = next(c for c in BOX_CONFIGS if c[:4] == (1, 1, 64, 64))
+    row = next(c for c in BOX_CONFIGS if c[:4] == (1, 1, 64, 128))
     with operator.forced_config(row if kernel == 1 else SMALL_BOX):
         options = dict(images=3, channels=16, outputs=24, size=(5, 6), kernel=(kernel, kernel))
         check_image_bias(device, POINTWISE if kernel == 1 else SAME_D2, **options)
@@ -331,7 +388,7 @@ def test_boxes_keep_infinity_and_nan_where_they_belong(device, launched):
 
 def test_pixels_of_a_1x1_filter_are_one_row(device, launched):
     """Of all images, also those of a slice of channels; a crop keeps its shape."""
-    row = next(c for c in BOX_CONFIGS if c[:4] == (1, 1, 64, 64))
+    row = next(c for c in BOX_CONFIGS if c[:4] == (1, 1, 64, 128))
     x, weight, bias = tensors(device, torch.float16, 3, 48, 16, kernel=(1, 1))
     with operator.forced_config(row):
         check_product(x[:, 8:32], weight[:, 8:32], bias, POINTWISE)
@@ -367,99 +424,6 @@ def test_pointers_load_on_devices_without_descriptors(device, launched, monkeypa
     with operator.forced_config(SMALL_BOX):
         operator.forward(*tensors(device, torch.float16), *SAME_D2, "none")
     assert launched[0][0] is operator.dilated_product
-
-
-# Problems (images, channels, outputs, size, itemsize, precision): what a network asks for, and what tests do.
-PROBLEMS = [
-    (16, 2048, 256, 33, 2, "ieee"),
-    (1, 2048, 256, 33, 2, "ieee"),
-    (1, 512, 256, 41, 2, "ieee"),
-    (16, 2048, 64, 33, 2, "ieee"),
-    (10, 2048, 21, 41, 2, "ieee"),
-    (1, 2048, 21, 41, 2, "ieee"),
-    (1, 64, 32, 9, 2, "ieee"),
-    (1, 16, 16, 4, 2, "ieee"),
-    (1, 259, 256, 33, 2, "ieee"),
-    (4, 3, 64, 65, 2, "ieee"),
-    (1, 67, 19, 9, 2, "ieee"),
-    (1, 3, 5, 4, 2, "ieee"),
-    (16, 256, 256, 33, 4, "tf32"),
-    (16, 256, 256, 33, 4, "ieee"),
-    (16, 256, 32, 33, 4, "ieee"),
-    (1, 64, 32, 9, 4, "ieee"),
-    (1, 16, 16, 4, 4, "ieee"),
-]
-
-
-def chosen(images, channels, outputs, size, itemsize, precision, device=A100) -> triton_plan.Plan:
-    x = torch.empty(images, channels, size, size, device="meta")
-    shape = conv_shape(x, torch.empty(outputs, channels, 3, 3, device="meta"), [1, 1], [2] * 4, [2, 2])
-    group = 8 if channels % 8 == 0 else 1
-    layout = triton_plan.Layout(group, group, 8 if outputs % 8 == 0 else 1, False, precision)
-    return triton_plan.plan_product("outputs", shape, (2,) * 4, itemsize, layout, True, device, None)
-
-
-@pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
-def test_no_tile_shape_is_dead():
-    """Each is the choice for some problem."""
-    found = set()
-    for problem in PROBLEMS:
-        arguments = chosen(*problem).arguments
-        table = triton_plan.configs_for(*problem[4:], 8 if problem[1] % 8 == 0 else 1, 8)
-        tile = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["BLOCK_D"]
-        found |= {c for c in table if (c.BLOCK_M, c.BLOCK_N, c.depth(problem[4])) == tile}
-    assert found == {*CONFIGS, *NARROW_CONFIGS, *IEEE_CONFIGS}
-
-
-@pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
-def test_no_box_is_dead(monkeypatch):
-    """Each is the choice for small or large images, one or many, few channels or many; a row for a 1x1 filter."""
-    launched = []
-    monkeypatch.setattr(operator, "launch", lambda _, programs, **arguments: launched.append(arguments))
-    monkeypatch.setattr(operator, "device_limits", lambda _: H200)
-    for images, size, (channels, outputs), kernel in itertools.product(
-        (1, 2, 4, 8, 16), (18, 24, 32, 64, 130, 258), ((64, 64), (512, 128), (512, 512)), (1, 3)
-    ):
-        x = torch.empty(images, channels, size, size, dtype=torch.float16, device="meta")
-        weight = torch.empty(outputs, channels, kernel, kernel, dtype=torch.float16, device="meta")
-        x = x.contiguous(memory_format=torch.channels_last)
-        operator.forward(x, weight, None, [1, 1], [kernel - 1] * 4, [2, 2], "none")
-    names = "BOX_N", "BOX_H", "BOX_W", "BLOCK_N"
-    found = {tuple(arguments[name] for name in names) for arguments in launched if "BOX_N" in arguments}
-    assert {box[:3] for box in found} == {config[:3] for config in BOX_CONFIGS}
-    tiles = {(config.BLOCK_M, config.BLOCK_N) for config in BOX_CONFIGS}
-    assert {(math.prod(box[:3]), box[3]) for box in found} == tiles
-
-
-@pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
-def test_boxes_are_chosen_where_they_fit():
-    """Not for the few channels of a classifier, nor where most of a box would lie beyond its rectangle."""
-    assert chosen(8, 512, 512, 64, 2, "ieee", H200).has_boxes
-    assert not chosen(10, 2048, 21, 41, 2, "ieee", H200).has_boxes
-    assert not chosen(1, 512, 512, 5, 2, "ieee", H200).has_boxes
-
-
-@pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
-def test_one_image_still_fills_the_device():
-    assert chosen(1, 2048, 256, 33, 2, "ieee", H200).programs >= H200.multiprocessors
-
-
-def test_tiles_fit_the_shared_memory():
-    """A consumer's GPU has less than half of what a large one has."""
-    small = Device(82, 100 * 1024, 8)
-    arguments = chosen(16, 2048, 256, 33, 2, "ieee", small).arguments
-    rows = arguments["BLOCK_M"] + arguments["BLOCK_N"]
-    assert arguments["num_stages"] * rows * arguments["BLOCK_D"] * 2 <= small.shared_memory
-
-
-def test_the_longest_sums_start_first():
-    plan = chosen(16, 2048, 256, 33, 2, "ieee")
-    rows = plan.table.on(torch.device("cpu")).tolist()
-    taps = [row[3] * row[3 + triton_plan.SPAN_FIELDS] for row in rows]
-    assert taps == sorted(taps, reverse=True)
-    assert taps[0] == 9
-    assert taps[-1] == 4
-    assert rows[0][0] == 0
 
 
 def test_a_table_goes_where_it_is_asked_for():

@@ -102,6 +102,9 @@ CONFIGS = (
     Config(32, 32, 64, 4, 4),
     Config(16, 16, 16, 1, 3),
 )
+# Twice the results a thread: for 32-bit offsets, where the matrix unit reads shared memory (capability 9). The first
+# one leaves no registers for an epilogue, so it is for grad_input.
+WIDE_CONFIGS = (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 3))
 # Where channels do not come in aligned groups of 16 bytes, each element or pair of a tile takes an address and a mask
 # in registers: tiles are smaller, and shallower for images of few channels.
 NARROW_CONFIGS = (
@@ -121,38 +124,42 @@ IEEE_CONFIGS = (
 # Descriptors take no registers for addresses, so one tile is larger. Flat boxes are for large images, deep ones for
 # batches of small ones, and a row is for 1x1 filters, whose pixels need no shape.
 _BOXES = {
-    128: ((1, 1, 128), (1, 8, 16), (2, 4, 16), (2, 8, 8), (4, 4, 8), (8, 4, 4), (16, 2, 4)),
+    128: ((1, 1, 128), (1, 8, 16), (2, 8, 8), (4, 4, 8), (8, 4, 4), (16, 2, 4)),
     64: ((1, 1, 64), (1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 4), (16, 2, 2)),
 }
 BOX_CONFIGS = tuple(
     BoxConfig(*box, *rest)
     for pixels, *rest in (
-        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (128, 128, 64, 4, 3),
         (128, 128, 64, 8, 3),
         (128, 64, 64, 4, 4),
         (64, 128, 64, 4, 4),
-        (64, 64, 64, 4, 4),
     )
     for box in _BOXES[pixels]
 )
 GRAD_BOX_CONFIGS = tuple(
     GradBoxConfig(*box, *rest)
-    for rest in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4))
+    for rest in ((128, 256, 8, 4), (128, 128, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4))
     for box in ((1, 1, 64), (1, 4, 16), (1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 4), (16, 2, 2))
 )
-MAX_BOX_BYTES = 256  # of a thread's results in the dtype: TF32 is rounded in registers, which leaves half as many
+MAX_RESULT_BYTES = 256  # of a thread's results in the dtype: TF32 is rounded in registers, which leaves half as many
 MAX_IMAGE_BIAS = 64  # results of a thread that boxes leave beside the image of each pixel, of which a bias is taken
 # ptxas spills a register or two where that fits one more block on a multiprocessor, with addresses for every element.
 NO_SPILLS = {"maxnreg": 255}
 
 # The model behind the choice, in multiply-adds of 16-bit data. A multiprocessor does about 2000 a cycle and loads about
-# 64 bytes from L2: a tile of 128 x 128 is where both take the same time.
-LOAD_COST = 64  # of one row or column of a tile, for each term of the sum
+# 64 bytes from L2: a tile of 128 x 256 is where loads no longer count.
+LOAD_COST = 72  # of one row or column of a tile, for each term of the sum
 STEP_LATENCY = 800_000  # the least a step takes when nothing else runs beside it
 TILE_COST = 2_000_000  # filling the pipeline, finding the rectangle, storing the results
-SPLIT_COST = 10_000_000  # a second launch
-PARTIAL_COST = 8  # of a partial sum, written and read by all multiprocessors together
-BOX_GAIN = 8  # one part in so many of a step by pointers goes to an address and a copy for every 16 bytes
+SPLIT_COST = 8_000_000  # a second launch
+PARTIAL_COST = 4  # of a partial sum, written and read by all multiprocessors together
+BOX_GAIN = 10  # one part in so many of a step by pointers goes to an address and a copy for every 16 bytes
+LONE_LOSS = 3  # with nobody beside it, a program waits for DRAM for one part in so many of a step
+L2_BYTES = 32 * 2**20  # what stays in the cache, of a source that is read once for each tap
+REGISTERS, OTHER_REGISTERS = 65536, 48  # of a multiprocessor; of a thread, besides its results
+RESERVED_SHARED_MEMORY = 2048  # barriers, and what the system takes of each block
 
 SPLITS = (1, 2, 3, 4, 6, 8)  # of a product's sums
 FINISH_BLOCK_M, FINISH_BLOCK_N = 8, 128  # tile of their second stage
@@ -243,41 +250,79 @@ def boxes_for(itemsize: int, layout: Layout, device: Device) -> tuple[BoxConfig,
     is_ieee = itemsize == 4 and layout.PRECISION == "ieee"
     if device.capability < 9 or is_ieee or is_narrow(itemsize, layout.GROUP_SOURCE, layout.GROUP_WEIGHT):
         return ()
-    return tuple(c for c in BOX_CONFIGS if c.results_per_thread * itemsize <= MAX_BOX_BYTES)
+    return tuple(c for c in BOX_CONFIGS if c.results_per_thread * itemsize <= MAX_RESULT_BYTES)
 
 
 def choose_config(
-    configs, device: Device, itemsize: int, tiles, columns: int, steps, splits: Sequence[int] = (1,)
+    configs,
+    device: Device,
+    itemsize: int,
+    tiles,
+    columns: int,
+    steps,
+    splits: Sequence[int] = (1,),
+    is_streamed: bool = False,
 ) -> tuple[Config | BoxConfig | GradBoxConfig, int]:
-    """The cheapest configuration that fits the device, and into how many of `splits` its sums are cut; of equals the
-    one with less work, then the smallest.
+    """The fastest configuration that fits the device, and into how many of `splits` its sums are cut; of equals the one
+    with less work, then the smallest, then the first.
 
     `tiles(config)` lists how many row blocks there are of each depth, `steps(config)` the steps of each; `columns` is
-    the width of the product. The time is that of all programs shared out, with the shortest ones last, or of the
-    longest one where those are few.
+    the width of the product. `is_streamed`: whether the source comes from DRAM. Multiprocessors take the longest
+    programs first. One program that has a multiprocessor to itself takes the latency of its loads at least.
     """
 
-    def cost(choice: tuple[Config, int]):
-        config, n_splits = choice
+    def costs(config):
         depth = config.depth(itemsize)
         area = config.BLOCK_M * config.BLOCK_N
         step = max(area, LOAD_COST * (config.BLOCK_M + config.BLOCK_N)) * depth * itemsize // 2
         if isinstance(config, (BoxConfig, GradBoxConfig)):
             step -= step // BOX_GAIN
-        alone = max(step, STEP_LATENCY)
-        shared = alone if is_interpreted() else step  # the interpreter runs nothing beside a program
+        resident = _resident_programs(config, device, itemsize)
+        if is_streamed and resident == 1:
+            step += step // LONE_LOSS
+        rows, depths = tiles(config), steps(config)
         blocks = cdiv(columns, config.BLOCK_N)
-        turns = [cdiv(s, n_splits) for s in steps(config)]
-        work = sum(n * blocks * n_splits * (TILE_COST + s * shared) for n, s in zip(tiles(config), turns, strict=True))
-        longest = TILE_COST + max(turns) * alone
-        last = TILE_COST + min(turns) * shared  # half of the device waits while the last round runs
-        time = max(work / device.multiprocessors + last / 2, longest)
-        if n_splits > 1:
-            time += SPLIT_COST + PARTIAL_COST * n_splits * sum(tiles(config)) * config.BLOCK_M * columns
-        return time, work, area, depth
+        programs = blocks * sum(rows)
+        for n_splits in splits:
+            if n_splits > 1 and programs >= 2 * device.multiprocessors:
+                break
+            at_once = 1 if is_interpreted() else min(resident, max(1, programs * n_splits // device.multiprocessors))
+            shared = max(step, STEP_LATENCY // at_once)
+            turns = [cdiv(s, n_splits) for s in depths]
+            classes = [(TILE_COST + s * shared, n * blocks * n_splits) for s, n in zip(turns, rows, strict=True)]
+            time = _makespan(sorted(classes, reverse=True), device.multiprocessors)
+            time = max(time, TILE_COST + max(turns) * max(step, STEP_LATENCY))
+            if n_splits > 1:
+                time += SPLIT_COST + PARTIAL_COST * n_splits * sum(rows) * config.BLOCK_M * columns
+            yield (time, sum(length * n for length, n in classes), area, depth), config, n_splits
 
     fitting = [c for c in configs if c.shared_memory(itemsize) <= device.shared_memory]
-    return min(((c, n) for c in fitting for n in splits), key=cost)
+    _, config, n_splits = min((row for c in fitting for row in costs(c)), key=lambda row: row[0])
+    return config, n_splits
+
+
+def _resident_programs(config, device: Device, itemsize: int) -> int:
+    """How many programs a multiprocessor holds, by shared memory and by registers."""
+    threads = 32 * config.num_warps
+    registers = threads * (config.results_per_thread + OTHER_REGISTERS)
+    by_memory = device.shared_memory // (config.shared_memory(itemsize) + RESERVED_SHARED_MEMORY)
+    return max(1, min(by_memory, REGISTERS // registers))
+
+
+def _makespan(classes: list[tuple[int, int]], machines: int) -> int:
+    """When the last of so many jobs of each length is done, if whoever is free takes the next; longest jobs first."""
+    levels = [(0, machines)]  # when machines are free, and how many
+    for length, jobs in classes:
+        while jobs > 0:
+            levels.sort()
+            free, count = levels.pop(0)
+            rounds = max(1, jobs // count) if not levels else 1
+            taken = min(count, jobs)
+            if taken < count:
+                levels.append((free, count - taken))
+            levels.append((free + rounds * length, taken))
+            jobs -= rounds * taken
+    return max(free for free, _ in levels)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -327,9 +372,14 @@ def plan_product(
         boxes = tuple(c for c in boxes if c.results_per_thread <= MAX_IMAGE_BIAS)
     if isinstance(forced, GradBoxConfig) or (isinstance(forced, BoxConfig) and forced not in boxes):
         forced = None
+    is_wide = device.capability >= 9 and itemsize == 2 and not layout.IS_INDEX_64 and not has_image_bias
+    if is_wide and configs is CONFIGS:
+        configs = (*WIDE_CONFIGS[0 if targets == "inputs" else 1 :], *configs)
     config, splits = forced, forced_splits
     if config is None:
-        config, splits = choose_config((*configs, *boxes), device, itemsize, tiles, columns, steps, SPLITS)
+        pixels = shape.H * shape.W if targets == "outputs" else shape.P * shape.Q
+        is_streamed = shape.N * pixels * depth * itemsize > L2_BYTES
+        config, splits = choose_config((*configs, *boxes), device, itemsize, tiles, columns, steps, SPLITS, is_streamed)
     rows, first = [], 0
     for rectangle, count in zip(found, tiles(config), strict=True):
         spans = rectangle.rows, rectangle.columns
@@ -400,6 +450,7 @@ def plan_grad_weight(
     def blocks(c, i: int) -> int:
         return cdiv(shapes[i].K, c.BLOCK_M) * cdiv(C, c.BLOCK_N)
 
+    @functools.cache
     def tap_steps(c) -> list[int]:
         if isinstance(c, GradBoxConfig):
             return [c.boxes(N, row[1], column[1]) for _, row, column in taps]
@@ -408,6 +459,7 @@ def plan_grad_weight(
     def programs(c, steps: int) -> list[int]:
         return [blocks(c, i) * cdiv(n, steps) for (i, *_), n in zip(taps, tap_steps(c), strict=True)]
 
+    @functools.cache
     def steps_of_program(c) -> int:
         longest = max(1, *tap_steps(c))
         allowed = max(TARGET_PROGRAMS, sum(programs(c, longest)))
@@ -428,9 +480,9 @@ def plan_grad_weight(
             (*configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_X), *boxes),
             device,
             itemsize,
-            tiles=lambda c: [sum(programs(c, steps_of_program(c))) // cdiv(C, c.BLOCK_N)],
+            tiles=lambda c: [n // cdiv(C, c.BLOCK_N) for n in programs(c, steps_of_program(c))],
             columns=C,
-            steps=lambda c: [steps_of_program(c)],
+            steps=lambda c: [cdiv(n, max(1, cdiv(n, steps_of_program(c)))) for n in tap_steps(c)],
         )
     steps = steps_of_program(config)
     rows, first, first_partial = [], 0, 0
