@@ -6,6 +6,7 @@ An operator runs on meta tensors, and every launch it makes is caught with its a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from functools import partial
 from typing import NamedTuple
@@ -149,8 +150,13 @@ class DilatedCase(NamedTuple):
                 pyramid.backward(torch.empty_like(y), x, weights, *rest, True, True)
                 return grouped + launches[:1]  # the second stages are one kernel, compiled for a lone convolution
             y = operator.forward(x, weight, bias, *geometry, self.activation, scale)
-            has_grad_weight = not isinstance(self.tile, operator.BoxConfig)  # there are no boxes for it
-            operator.backward(torch.empty_like(y), x, weight, *geometry, (True, has_grad_weight, False))
+            # What the tile is for: some are for gradients of weights alone, some for anything else.
+            is_wide = self.tile in operator.WIDE_CONFIGS
+            has_grad_weight = not is_wide and not isinstance(self.tile, operator.BoxConfig)
+            has_product = not isinstance(self.tile, operator.GradBoxConfig)
+            if not has_product or self.tile == operator.WIDE_CONFIGS[0]:
+                launches.clear()
+            operator.backward(torch.empty_like(y), x, weight, *geometry, (has_product, has_grad_weight, False))
         return launches
 
 
@@ -191,8 +197,11 @@ def dilated_cases(target: int) -> list[DilatedCase]:
         cases += [case(dtype="float32", tf32=True, channels=(67, 19), tile=tile) for tile in NARROW_CONFIGS]
         cases += [case(dtype="float32", tile=tile) for tile in IEEE_CONFIGS]
     if target >= 90:
-        from fastseg.ops.dilated.triton import BOX_CONFIGS
+        from fastseg.ops.dilated.triton import BOX_CONFIGS, GRAD_BOX_CONFIGS, WIDE_CONFIGS
         from fastseg.ops.dilated.triton_plan import MAX_IMAGE_BIAS
+
+        cases += [case(tile=tile, activation=act) for tile in WIDE_CONFIGS for act in ("none", "silu")]
+        cases += [case(tile=tile) for tile in {c[3:]: c for c in GRAD_BOX_CONFIGS}.values()]
 
         # One box of each tile: they differ in a few constants of the epilogue.
         for tile in {(c.BLOCK_M, *c[3:]): c for c in BOX_CONFIGS}.values():
@@ -312,6 +321,70 @@ def separable_cases(target: int) -> list[SeparableCase]:
     return cases
 
 
+class HeadCase(NamedTuple):
+    """A segmentation head whose kernels are compiled. Its text names the rows."""
+
+    dtype: str = "bfloat16"
+    layout: str = "contiguous"
+    sizes: tuple[int, int] = (128, 512)  # of the logits, and of the labels; both square
+    classes: int = 150
+    align_corners: bool = False
+    weight: bool = False  # and label smoothing, and gradients of each pixel's loss
+    index_64: bool = False
+
+    def __str__(self) -> str:
+        words = [self.dtype, self.layout, f"{self.classes} classes", "{} to {}".format(*self.sizes)]
+        flags = {"aligned": self.align_corners, "weight": self.weight, "64-bit": self.index_64}
+        return " ".join(words + [name for name, is_set in flags.items() if is_set])
+
+    def launches(self) -> list[tuple[object, dict]]:
+        """Every (kernel, arguments) that resize, argmax, loss and their gradients launch, on 16 images."""
+        import torch
+
+        from fastseg.ops.head import triton as operator
+        from fastseg.ops.head import triton_loss, triton_planes
+
+        small, large = self.sizes
+        options = {"dtype": getattr(torch, self.dtype), "device": "meta"}
+        memory_format = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+        logits = torch.empty(16, self.classes, small, small, memory_format=memory_format, **options)
+        target = torch.empty(16, large, large, dtype=torch.int64, device="meta")
+        weight = torch.empty(self.classes, **options) if self.weight else None
+        loss = (logits, target, weight, 255, 0.1 if self.weight else 0.0, self.align_corners)
+        with contextlib.ExitStack() as stack:
+            modules = (operator, triton_loss, triton_planes)
+            caught = [stack.enter_context(caught_launches(module, self.index_64, None)) for module in modules]
+            y = operator.forward(logits, (large, large), None, self.align_corners)
+            operator.backward(y, logits.shape, None, self.align_corners)
+            operator.argmax(logits, (large, large), self.align_corners, torch.int64)
+            if self.weight:
+                operator.cross_entropy(*loss, "none", False)
+                operator.cross_entropy_backward(torch.empty_like(target, dtype=torch.float32), *loss)
+            else:
+                operator.cross_entropy(*loss, "mean", True)
+        # Of several launches of a kernel the first is compiled.
+        launches = {}
+        for kernel, arguments in itertools.chain(*caught):
+            launches.setdefault(id(kernel), (kernel, arguments))
+        return list(launches.values())
+
+
+def head_cases(target: int) -> list[HeadCase]:
+    """Each layout, and every other code path on one target."""
+    case = HeadCase
+    cases = [case(), case(layout="channels_last", dtype="float16", classes=64), case(dtype="float32", weight=True)]
+    if target == TILES_TARGET:
+        cases += [
+            case(dtype="float16"),
+            case(layout="channels_last"),
+            case(layout="channels_last", dtype="float32", classes=19, sizes=(193, 769), index_64=True),
+            case(classes=21, sizes=(129, 513), align_corners=True),
+            case(sizes=(128, 256), weight=True, index_64=True),  # two rows at once
+            case(sizes=(128, 100)),  # smaller
+        ]
+    return cases
+
+
 @contextlib.contextmanager
 def caught_launches(operator, index_64: bool, tile: tuple[int, ...] | None):
     """A list that fills with the (kernel, arguments) that `operator`, a family's triton.py, would launch."""
@@ -327,6 +400,6 @@ def caught_launches(operator, index_64: bool, tile: tuple[int, ...] | None):
 
 
 # The families, each as its cases for a target.
-TRITON_CASES = (depthwise_cases, dilated_cases, separable_cases)
+TRITON_CASES = (depthwise_cases, dilated_cases, separable_cases, head_cases)
 
-Case = DepthwiseCase | DilatedCase | SeparableCase
+Case = DepthwiseCase | DilatedCase | SeparableCase | HeadCase

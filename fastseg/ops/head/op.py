@@ -16,7 +16,9 @@ from fastseg.ops.library import OVERLOADS, define
 
 def empty_resized(like: torch.Tensor, size) -> torch.Tensor:
     """An uninitialised [N, C, *size] in the memory format that torch.nn.functional.interpolate gives."""
-    return like.new_empty((*like.shape[:2], *size)).contiguous(memory_format=suggest_memory_format(like))
+    return torch.empty(
+        (*like.shape[:2], *size), dtype=like.dtype, device=like.device, memory_format=suggest_memory_format(like)
+    )
 
 
 def _fake_forward(input, size, scales, align_corners):

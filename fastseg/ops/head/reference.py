@@ -27,7 +27,7 @@ def cross_entropy(logits, target, weight, ignore_index, label_smoothing, align_c
     check_target(target, logits.shape[1], ignore_index)
     dtype = position_dtype(logits.dtype)
     options = (logits, target, weight, ignore_index, label_smoothing, align_corners)
-    log_p, wanted, total_weight = distributions(*options)
+    log_p, wanted, total_weight = _distributions_of(*options)
     losses = -torch.where(wanted == 0, 0, wanted * log_p).sum(1)
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
@@ -37,17 +37,21 @@ def cross_entropy(logits, target, weight, ignore_index, label_smoothing, align_c
 
 
 def cross_entropy_backward(grad_losses, logits, target, weight, ignore_index, label_smoothing, align_corners):
-    log_p, wanted, _ = distributions(logits, target, weight, ignore_index, label_smoothing, align_corners)
+    log_p, wanted, _ = _distributions_of(logits, target, weight, ignore_index, label_smoothing, align_corners)
     grad = (log_p.exp() * wanted.sum(1, keepdim=True) - wanted) * grad_losses.double()[:, None]
     dtype = position_dtype(logits.dtype)
     gradient = resize_backward(grad, logits.shape, None, align_corners, dtype).to(dtype)
     return gradient.contiguous(memory_format=suggest_memory_format(logits))
 
 
-def distributions(logits, target, weight, ignore_index, label_smoothing, align_corners):
-    """[N, C, H, W]: log of the softmax, and the weight of each class in the loss; the sum of the targets' weights."""
-    classes = logits.shape[1]
+def _distributions_of(logits, target, weight, ignore_index, label_smoothing, align_corners):
     scores = resize(logits.double(), target.shape[1:], None, align_corners, position_dtype(logits.dtype))
+    return distributions(scores, target, weight, ignore_index, label_smoothing)
+
+
+def distributions(scores, target, weight, ignore_index, label_smoothing):
+    """[N, C, H, W]: log of the softmax, and the weight of each class in the loss; the sum of the targets' weights."""
+    classes = scores.shape[1]
     weights = scores.new_ones(classes) if weight is None else weight.double()
     kept = (target != ignore_index)[:, None]
     chosen = (torch.arange(classes, device=target.device).view(-1, 1, 1) == target[:, None]) & kept
@@ -66,17 +70,21 @@ def check_target(target, classes: int, ignore_index: int) -> None:
 def resize(input, size, scales, align_corners, dtype):
     """[N, C, H, W] float64 -> [N, C, *size]; `dtype` is that of positions."""
     for axis in (2, 3):
-        first, second, share = _samples(input.shape[axis], size[axis - 2], scales, axis, align_corners, dtype, input)
-        input = input.index_select(axis, first) * (1 - share) + input.index_select(axis, second) * share
+        shape = [*input.shape[:axis], size[axis - 2], *input.shape[axis + 1 :]]
+        places = _samples(input.shape[axis], size[axis - 2], scales, axis, align_corners, dtype, input)
+        first, second, share = (t.expand(shape) for t in places)
+        input = input.gather(axis, first) * (1 - share) + input.gather(axis, second) * share
     return input
 
 
 def resize_backward(grad, input_size, scales, align_corners, dtype):
     """The gradient of `resize`'s input."""
     for axis in (2, 3):
-        first, second, share = _samples(input_size[axis], grad.shape[axis], scales, axis, align_corners, dtype, grad)
         shape = [*grad.shape[:axis], input_size[axis], *grad.shape[axis + 1 :]]
-        grad = grad.new_zeros(shape).index_add(axis, first, grad * (1 - share)).index_add(axis, second, grad * share)
+        places = _samples(input_size[axis], grad.shape[axis], scales, axis, align_corners, dtype, grad)
+        first, second, share = (t.expand_as(grad) for t in places)
+        zeros = grad.new_zeros(shape)
+        grad = zeros.scatter_add(axis, first, grad * (1 - share)).scatter_add(axis, second, grad * share)
     return grad
 
 
@@ -84,4 +92,4 @@ def _samples(inputs, outputs, scales, axis, align_corners, dtype, like):
     """`samples` with shares in float64, shaped to go along `axis`."""
     scale = None if scales is None else scales[axis - 2]
     first, second, share = samples(inputs, outputs, scale, align_corners, dtype, like.device)
-    return first, second, share.double().view(-1, *(1,) * (3 - axis))
+    return (t.view(-1, *(1,) * (3 - axis)) for t in (first, second, share.double()))
