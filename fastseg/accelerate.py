@@ -20,6 +20,7 @@ from fastseg.chains import FoundChain, find_chains
 from fastseg.nn.conv import AcceleratedConv2d
 from fastseg.nn.folding import Chain, Scope, foldable_class, is_scope_hook, original_class
 from fastseg.nn.fused_module import Fusion, fused_class
+from fastseg.nn.head import resizing_class
 from fastseg.nn.pyramid import Separable
 from fastseg.nn.sequential import SeparableStep, Step, folded_class, is_plain_sequential, steps_of
 from fastseg.ops.conv2d import operator_of
@@ -49,7 +50,7 @@ def accelerate(
     memory_format: torch.memory_format | None = torch.channels_last,
     on_fallback: str = "silent",
 ) -> torch.nn.Module:
-    """Make the convolutions of `model` run on fastseg's kernels, in place, and return `model`.
+    """Make the convolutions and bilinear resizes of `model` run on fastseg's kernels, in place, and return `model`.
 
     Every torch.nn.Conv2d becomes a subclass of it: the same object with the same Parameters, hooks and state-dict keys,
     so optimizers, checkpoints, DistributedDataParallel, deepcopy, pickle, torch.compile and torch.export work as before
@@ -57,6 +58,10 @@ def accelerate(
     mode without gradients, a batch norm and an activation behind a convolution are applied inside it, from their
     present values in each call; nothing is cached and no parameter changes. Under torch.func's transforms layers run
     native.
+
+    torch.nn.Upsample and torch.nn.UpsamplingBilinear2d, and the models and blocks of torchvision and
+    segmentation_models_pytorch whose forward calls torch.nn.functional.interpolate, resize on
+    `fastseg.ops.upsample_bilinear2d`.
 
     Subclasses of torch.nn.Conv2d with a forward of their own are left alone. Accelerating again replaces the settings.
 
@@ -98,6 +103,7 @@ def accelerate(
         settings = Settings(type(module), None if backend == "auto" else backend, memory_format)
         settings.fusion = fusion
         _swap(module, fused_class(type(module)), settings)
+    _swap_resizes(model, None if backend == "auto" else backend)
     return model
 
 
@@ -279,6 +285,13 @@ def _swap_followers(model, chains: dict[torch.nn.Conv2d, FoundChain]) -> None:
                 if module is not None and "_fastseg" not in vars(module):
                     _swap(module, foldable_class(module), Settings(type(module)))
         scope.install(owner)
+
+
+def _swap_resizes(model, backend: str | None) -> None:
+    for module in list(model.modules()):
+        kind = None if "_fastseg" in vars(module) else resizing_class(module, backend)
+        if kind is not None:
+            _swap(module, kind, Settings(type(module), backend))
 
 
 def _followed(fusion: Fusion, chains: dict[torch.nn.Conv2d, FoundChain]) -> bool:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastseg import extension
+from fastseg.gpu_choice import kernel_on_gpu
 
 BACKENDS = ("auto", "native", "reference", "cpu", "triton", "cuda")
 
@@ -140,8 +141,12 @@ def _cuda_reason(problem: Problem) -> str | None:
 
 def _has_kernel(problem: Problem, backend: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(problem.device_type)
-    name = f"fastseg::{problem.operator}.{backend}"
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    return key is not None and _is_registered(f"fastseg::{problem.operator}.{backend}", key)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look inside
+def _is_registered(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 _REASONS = {
@@ -174,12 +179,15 @@ def _auto(problem: Problem) -> Choice:
         elif reason is None and problem.operator != "depthwise_conv2d" and problem.dtype != torch.float32:
             reason = "products of other dtypes than float32 run on native on the CPU"
         return Choice("native", reason) if reason else Choice("cpu", "faster than native in the committed records")
-    return Choice("native", f"no committed record shows a kernel faster than native on {problem.device_type} tensors")
+    if problem.device_type != "cuda":
+        return Choice("native", f"there are no kernels for {problem.device_type} tensors")
+    backends, reason = kernel_on_gpu(problem)
+    return Choice(next((b for b in backends if reason_not(b, problem) is None), "native"), reason)
 
 
 def depends_on_geometry(operator: str, device_type: str) -> bool:
     """Whether "auto" looks at the sizes of such a call."""
-    return operator == "dilated_conv2d" and device_type == "cpu"
+    return operator == "dilated_conv2d" or (operator == "depthwise_conv2d" and device_type == "cuda")
 
 
 def _dilated_is_native_on_cpu(problem: Problem) -> str | None:

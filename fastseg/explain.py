@@ -19,6 +19,7 @@ from fastseg.chains import find_chains, undisturbed
 from fastseg.nn.conv import Conv2d, convolve, folded
 from fastseg.nn.folding import Chain, Operands, pays, scales_weight
 from fastseg.nn.fused_module import FusedModule
+from fastseg.nn.head import BilinearUpsample, resizing_class
 from fastseg.ops.arguments import ConvArguments, normalise
 from fastseg.ops.batch_norm import INPLACE_ACTIVATIONS
 from fastseg.ops.convolution import geometry_of
@@ -66,6 +67,7 @@ class Report:
     rate: float  # floating-point operations a second
     rows: list[Row]
     fused: list[str]  # modules that run as a whole; their convolutions are timed one by one above
+    resizes: list[str]  # modules that resize bilinearly, and on what
     warnings: list[str]
 
     @property
@@ -102,6 +104,7 @@ class Report:
             "GFLOP/s (measured by a matrix product); more than 100 % means that the tensors stay in a cache"
         )
         lines += [f"fused: {line}" for line in self.fused]
+        lines += [f"resize: {line}" for line in self.resizes]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return lines
 
@@ -155,6 +158,7 @@ def explain(model: torch.nn.Module, example) -> Report:
         rate=matmul_rate(device, dtype),
         rows=rows,
         fused=fused,
+        resizes=_resizes(model, accelerated, device, dtype),
         warnings=[*apart, *_warnings(rows)],
     )
 
@@ -176,6 +180,22 @@ def _fusions(model, accelerated: bool) -> tuple[list[str], list[str]]:
         else:
             apart.append(f"{title} runs child by child: {reason}")
     return fused, apart
+
+
+def _resizes(model, accelerated: bool, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A line for each module that resizes bilinearly on fastseg's operator, or would when accelerated."""
+    lines = []
+    for name, module in model.named_modules():
+        settings = vars(module).get("_fastseg")
+        backend = module.backend if isinstance(module, BilinearUpsample) else getattr(settings, "backend", None)
+        known = isinstance(module, BilinearUpsample) or resizing_class(module, backend) is not None
+        if known:
+            if accelerated and settings is None and not isinstance(module, BilinearUpsample):
+                kernel, reason = "native", "this layer is not accelerated"
+            else:
+                kernel, reason = dispatch.choose(dispatch.Problem("upsample_bilinear2d", device.type, dtype), backend)
+            lines.append(f"{name or type(module).__name__} on {kernel}: {reason}")
+    return lines
 
 
 def _device_name(device: torch.device) -> str:

@@ -287,14 +287,15 @@ def expected_upsample(
     # Four terms: BILINEAR_ROUNDINGS and three additions are less than FACTOR times four.
     output = expected(value, absolute, 4, dtype or input.dtype, roundoff)
     slack = _position_slack(input.shape, positions)
-    output = _widened(output, slack * head_reference.resize(_largest_nearby(x.abs()), size, *geometry))
+    if slack > 0:
+        output = _widened(output, slack * head_reference.resize(_largest_nearby(x.abs()), size, *geometry))
     if grad_output is None:
         return output, None
     g = grad_output.detach().double()
     value, absolute = (head_reference.resize_backward(t, input.shape, *geometry) for t in (g, g.abs()))
     terms = _most_readers(input.shape, size, *geometry) + BILINEAR_ROUNDINGS
     grad_input = expected(value, absolute, terms, dtype or input.dtype, roundoff)
-    return output, _widened(grad_input, slack * 9 * _largest_nearby(absolute))
+    return output, _widened(grad_input, slack * 9 * _largest_nearby(absolute)) if slack > 0 else grad_input
 
 
 def _position_slack(shape, positions: torch.dtype) -> float:
@@ -320,14 +321,19 @@ def _most_readers(shape, size, scales, align_corners, dtype) -> int:
     return most
 
 
-def assert_argmax(labels: torch.Tensor, logits: torch.Tensor, size: Sequence[int], align_corners: bool) -> None:
-    """Raise AssertionError unless `labels` are the float64 scores' argmax, or a class that ties with it within errors.
+def expected_scores(logits: torch.Tensor, size: Sequence[int], align_corners: bool) -> Expected:
+    """The scores that an argmax compares: resized logits that are not rounded to the logits' dtype."""
+    return expected_upsample(logits, size, None, align_corners, dtype=accumulator_dtype(logits.dtype))[0]
+
+
+def assert_argmax(labels: torch.Tensor, scores: Expected) -> None:
+    """Raise AssertionError unless `labels` are the argmax of `scores`, or a class that ties with it within the bound.
 
     NaN counts as the largest score, as for torch.argmax.
     """
-    scores, bound = expected_upsample(logits, size, None, align_corners, dtype=accumulator_dtype(logits.dtype))[0]
-    best, found = scores.argmax(1, keepdim=True), labels.long()[:, None]
-    gap = scores.gather(1, best) - scores.gather(1, found)
+    value, bound = scores
+    best, found = value.argmax(1, keepdim=True), labels.long()[:, None]
+    gap = value.gather(1, best) - value.gather(1, found)
     wrong = (best != found) & ~(gap <= bound.gather(1, best) + bound.gather(1, found))
     if wrong.any():
         n, _, row, column = (int(i) for i in wrong.nonzero()[0])
@@ -394,16 +400,42 @@ def _stored(value, bound, dtype, roundoff, unit) -> Expected:
     return Expected(value, roundoff * value.abs() + bound * (1 + roundoff) + SMALLEST[dtype])
 
 
+# Elements of a band of an image: what has classes at full resolution is large in float64.
+_BAND = 2**22
+
+
 def _loss_of_image(logits, target, weight, ignore_index, label_smoothing, align_corners, grad_losses):
     """Of one image: losses, their bound, the sum of targets' weights, the gradient of the losses' sum, its bound."""
-    positions, classes = position_dtype(logits.dtype), logits.shape[1]
-    unit, geometry = UNIT_ROUNDOFF[positions], (target.shape[1:], None, align_corners)
-    log_p, wanted, total = head_reference.distributions(
-        logits.detach(), target, weight, ignore_index, label_smoothing, align_corners
+    positions, (height, width) = position_dtype(logits.dtype), target.shape[1:]
+    unit, geometry = UNIT_ROUNDOFF[positions], (None, align_corners, positions)
+    scores = expected_upsample(logits, (height, width), None, align_corners, dtype=positions)[0]
+    upstream = torch.ones_like(target, dtype=torch.float64) if grad_losses is None else grad_losses.detach().double()
+    rows = max(1, _BAND // max(1, logits.shape[1] * width))
+    bands = [
+        _loss_of_band(
+            Expected(*(t[:, :, top : top + rows] for t in scores)), target[:, top : top + rows], weight, ignore_index,
+            label_smoothing, upstream[:, None, top : top + rows], unit,
+        )
+        for top in range(0, height, rows)
+    ]  # fmt: skip
+    losses, losses_bound, totals, grad, grad_bound, absolute = zip(*bands, strict=True)
+    grad, grad_bound, absolute = (
+        head_reference.resize_backward(torch.cat(parts, 2), logits.shape, *geometry)
+        for parts in (grad, grad_bound, absolute)
     )
-    score, score_bound = expected_upsample(logits, *geometry, dtype=positions)[0]
-    finite = score.isfinite()
-    score_bound, size = score_bound.where(finite, 0), score.abs().where(finite, 0)
+    readers = _most_readers(logits.shape, (height, width), *geometry) + BILINEAR_ROUNDINGS
+    grad_bound = grad_bound + FACTOR * readers * unit * absolute
+    slack = _position_slack(logits.shape, positions)
+    if slack > 0:
+        grad_bound = grad_bound + slack * 9 * _largest_nearby(absolute)
+    return torch.cat(losses, 1), torch.cat(losses_bound, 1), sum(totals), grad, grad_bound
+
+
+def _loss_of_band(scores: Expected, target, weight, ignore_index, label_smoothing, upstream, unit):
+    """Of some pixels: losses, their bound, the sum of targets' weights, the scores' gradient, its bound, its size."""
+    log_p, wanted, total = head_reference.distributions(scores.value, target, weight, ignore_index, label_smoothing)
+    classes, finite = scores.value.shape[1], scores.value.isfinite()
+    score, score_bound, size = scores.value, scores.bound.where(finite, 0), scores.value.abs().where(finite, 0)
     p, lse, largest = log_p.exp(), score.logsumexp(1, keepdim=True), score.amax(1, keepdim=True)
     # What errors of scores do to the logarithm of the sum is largest where all of them are positive.
     lse_bound = (score + score_bound).logsumexp(1, keepdim=True) - lse
@@ -420,20 +452,13 @@ def _loss_of_image(logits, target, weight, ignore_index, label_smoothing, align_
     # p may be off by as much as its logarithm allows, and is at most 1; a GPU flushes the smallest numbers to zero.
     off = score_bound + lse_bound + unit * torch.where(p > 0, 2 * log_p.abs() + FEW_ROUNDINGS, FEW_ROUNDINGS)
     raised = torch.where(finite, (log_p + off).clamp_max(0).exp() - p, 0)
-    p_bound = torch.maximum(raised, -p * torch.expm1(-off)) + torch.finfo(positions).tiny
+    smallest = torch.finfo(torch.float64 if unit == UNIT_ROUNDOFF[torch.float64] else torch.float32).tiny
+    p_bound = torch.maximum(raised, -p * torch.expm1(-off)) + smallest
     both = wanted.sum(1, keepdim=True)
     parts = p * both + wanted
-    upstream = torch.ones_like(losses) if grad_losses is None else grad_losses.detach().double()
-    upstream = upstream[:, None]
-    bound = (both * p_bound + (FEW_ROUNDINGS + FACTOR * (shares - 1)) * unit * parts) * upstream.abs()
-    back = (logits.shape, None, align_corners, positions)
-    gradient = head_reference.resize_backward((p * both - wanted) * upstream, *back)
-    readers = _most_readers(logits.shape, *geometry, positions) + BILINEAR_ROUNDINGS
-    carried = head_reference.resize_backward(bound, *back)
-    absolute = head_reference.resize_backward(parts * upstream.abs(), *back)
-    if positions == torch.float64:
-        carried = carried + _position_slack(logits.shape, positions) * 9 * _largest_nearby(absolute)
-    return losses, losses_bound, total, gradient, carried + FACTOR * readers * unit * absolute
+    grad_bound = both * p_bound + (FEW_ROUNDINGS + FACTOR * (shares - 1)) * unit * parts
+    grad = (p * both - wanted) * upstream
+    return losses, losses_bound, total, grad, grad_bound * upstream.abs(), parts * upstream.abs()
 
 
 def random_tensor(shape, dtype, *, seed=0, device="cpu", memory_format=torch.contiguous_format) -> torch.Tensor:

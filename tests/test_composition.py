@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import fastseg
+from fastseg import dispatch
 from fastseg.testing import assert_within, expected_conv, random_tensor
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +76,8 @@ def test_compile_fullgraph_with_dynamic_shapes(layout, operator, target):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_compile_under_auto_keeps_one_graph():
+def test_compile_under_auto_keeps_one_graph(monkeypatch):
+    monkeypatch.setattr(dispatch, "_choices", {})  # as in a process that has run nothing yet
     layer = fastseg.nn.Conv2d(8, 8, 3, padding=1, groups=8)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True)

@@ -1,4 +1,4 @@
-"""PyTorch's own sample and error inputs for conv2d, run through fastseg.ops.conv2d on every backend."""
+"""PyTorch's own sample and error inputs for conv2d and for bilinear interpolate, run on every backend."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import fastseg
 from fastseg.ops.conv2d import operator_of
-from fastseg.testing import assert_within, expected_conv
+from fastseg.testing import assert_within, expected_conv, expected_upsample
 
 CONV2D = next(op for op in op_db if op.name == "nn.functional.conv2d" and not op.variant_test_name)
+INTERPOLATE = next(op for op in op_db if op.name == "nn.functional.interpolate" and op.variant_test_name == "bilinear")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64]
 
 
@@ -161,3 +162,31 @@ def test_expected_conv_agrees_with_native(target):
         w = torch.randn(5, 4, 3, 2, dtype=torch.float64)
         dense = torch.nn.functional.conv2d(x, w, None, stride, padding, dilation)
         assert_within(dense, expected_conv(x, w, None, *geometry).output, "ATen")
+
+
+def interpolate_samples(dtype, device):
+    """(input, size, scale_factor, align_corners) of PyTorch's samples; recomputing the scale factor is not offered."""
+    for sample in INTERPOLATE.sample_inputs_func(INTERPOLATE, device, dtype, requires_grad=False):
+        options = sample.kwargs
+        if not options.get("recompute_scale_factor"):
+            size = sample.args[0] if sample.args else options["size"]
+            yield sample.input, size, options["scale_factor"], options["align_corners"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8], ids=str)
+def test_interpolate_under_auto(dtype, target):
+    for x, *arguments in interpolate_samples(dtype, target.device):
+        y = fastseg.ops.upsample_bilinear2d(x, *arguments)
+        native = INTERPOLATE.op(x, *arguments[:2], mode="bilinear", align_corners=arguments[2])
+        assert (y.shape, y.dtype) == (native.shape, native.dtype)
+
+
+def test_interpolate_on_a_named_backend(target):
+    count = 0
+    for x, size, scale_factor, align_corners in interpolate_samples(torch.float32, target.device):
+        y = fastseg.ops.upsample_bilinear2d(x, size, scale_factor, align_corners, backend=target.backend)
+        scales = None if scale_factor is None else (scale_factor, scale_factor)
+        wanted, _ = expected_upsample(x, y.shape[2:], scales, bool(align_corners))
+        assert_within(y, wanted, f"{size}, {scale_factor}, {align_corners}")
+        count += 1
+    assert count > 10

@@ -2,6 +2,7 @@
 
 from fastseg.nn.aspp import ASPP, SeparableASPP
 from fastseg.nn.conv import Conv2d
+from fastseg.nn.head import BilinearUpsample, UpsampleCrossEntropyLoss
 from fastseg.nn.separable import SeparableConv2d
 
-__all__ = ["ASPP", "Conv2d", "SeparableASPP", "SeparableConv2d"]
+__all__ = ["ASPP", "BilinearUpsample", "Conv2d", "SeparableASPP", "SeparableConv2d", "UpsampleCrossEntropyLoss"]

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 
-
 def _hardswish(z):
     if z.dtype == torch.float64:  # on a GPU ATen multiplies by a sixth in float32, whatever the dtype
         return z * F.relu6(z + 3) / 6

@@ -137,7 +137,8 @@ def multiply_add(b_left, b_right, acc, PRECISION: tl.constexpr):
     if INTERPRETED:  # its product of bfloat16 is that of the bits
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
     if b_left.dtype == tl.float32 and PRECISION == "ieee":
-        acc += tl.dot(b_left, b_right, input_precision="ieee")
+        # A zero, or acc's NaN. The compiler would make one chain of a plain zero.
+        acc += tl.dot(b_left, b_right, tl.where(acc == acc, 0.0, acc), input_precision="ieee")
     else:
         acc = tl.dot(b_left, b_right, acc, input_precision=PRECISION)
     return acc
