@@ -115,6 +115,10 @@ def _measure(case, direction, device, dtype, seconds, compiles):
         ("fastseg", "fastseg", accelerated, x_last),
         ("fastseg NCHW", "fastseg", accelerated, x),
     ]
+    if device == "cuda":  # each kernel by its name, whatever "auto" chooses
+        for backend in ("triton", "cuda"):
+            named = fastseg.accelerate(copy.deepcopy(module), backend=backend)
+            candidates.append((f"fastseg {backend}", "fastseg", named, x_last))
     calls, results = {}, {}
     for name, role, candidate, given in candidates:
         entry = {"name": name, "role": role, "skipped": None}
@@ -122,8 +126,12 @@ def _measure(case, direction, device, dtype, seconds, compiles):
         if candidate is None:
             entry["skipped"] = "compiling takes too long for the quick run"
             continue
-        call = _call(candidate, given, direction)
-        results[name] = call()
+        try:
+            call = _call(candidate, given, direction)
+            results[name] = call()
+        except fastseg.BackendError as error:
+            entry["skipped"] = str(error)
+            continue
         natives = [results[n] for n in ("native NCHW", "native channels_last") if n in results]
         entry["gate"] = _agreement(results[name], natives, exact, role)
         if entry["gate"]["green"]:

@@ -10,7 +10,7 @@ settings   threads, dtypes, what was selected
 ceilings   measured in the same run
 operators  rows of operators.py
 networks   rows of network.py
-blocks     rows of blocks.py
+blocks     rows of blocks.py and head.py
 overhead   rows of operators.overhead
 skipped    {"id", "reason"} of what was not run
 stages     only from gpu.py: {"name", "status", "seconds", "detail"}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks import blocks, memory, operators, record, table, timing
+from benchmarks import blocks, head, memory, operators, record, table, timing
 from benchmarks.cases import DIRECTIONS, QUICK_DIRECTIONS, select
 from benchmarks.network import NETWORKS
 from benchmarks.network import measure as measure_network
@@ -83,26 +83,36 @@ def _run_networks(settings, found, end, say, keep):
 
 
 def _run_blocks(settings, found, end, say, keep):
-    for dtype in settings.dtypes:
-        for case in blocks.BLOCKS:
-            for direction in blocks.DIRECTIONS:
-                identity = f"{case.id}/{direction}/{dtype}"
-                if time.perf_counter() > end:
-                    found["skipped"].append({"id": identity, "reason": "the time budget was spent"})
-                    continue
-                compiles = not settings.quick or (direction == "inference" and QUICK_COMPILE_SECONDS > 0)
-                try:
-                    row = blocks.measure(
-                        case, direction, settings.device, getattr(torch, dtype), settings.budget * BLOCK_SHARE, compiles
-                    )
-                except torch.OutOfMemoryError as error:
-                    found["skipped"].append({"id": identity, "reason": str(error).splitlines()[0]})
-                    continue
-                finally:
-                    torch._dynamo.reset()
-                found["blocks"].append(row)
-                say(table.block_line(row))
-                keep(found)
+    """The rows of heads, then those of blocks."""
+    quick_compile = QUICK_COMPILE_SECONDS > 0
+    plan = [
+        (head, case, direction, dtype, not settings.quick)
+        for dtype in settings.dtypes
+        for case in head.HEADS
+        for direction in head.DIRECTIONS[case.kind]
+    ]
+    plan += [
+        (blocks, case, direction, dtype, not settings.quick or (direction == "inference" and quick_compile))
+        for dtype in settings.dtypes
+        for case in blocks.BLOCKS
+        for direction in blocks.DIRECTIONS
+    ]
+    for family, case, direction, dtype, compiles in plan:
+        identity = f"{case.id}/{direction}/{dtype}"
+        if time.perf_counter() > end:
+            found["skipped"].append({"id": identity, "reason": "the time budget was spent"})
+            continue
+        seconds = settings.budget * BLOCK_SHARE
+        try:
+            row = family.measure(case, direction, settings.device, getattr(torch, dtype), seconds, compiles)
+        except torch.OutOfMemoryError as error:
+            found["skipped"].append({"id": identity, "reason": str(error).splitlines()[0]})
+            continue
+        finally:
+            torch._dynamo.reset()
+        found["blocks"].append(row)
+        say(table.block_line(row))
+        keep(found)
 
 
 def _run_operators(settings, found, end, say, keep):

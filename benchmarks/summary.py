@@ -176,6 +176,43 @@ def _block_targets() -> tuple[Target, ...]:
     return tuple(found)
 
 
+def _memory_share(identity: str, most: float) -> Callable:
+    """Peak memory of fastseg's call over that of native's in the thriftier layout."""
+
+    def measure(record):
+        row = _row(record, identity)
+        own = candidate(row, "fastseg") if row and not is_red(row) else None
+        natives = (
+            [c["peak_bytes"] for c in row["candidates"] if c["role"] == "native" and "peak_bytes" in c] if own else []
+        )
+        if not natives or None in natives or own.get("peak_bytes") is None:
+            return None
+        share = own["peak_bytes"] / min(natives)
+        return f"{share:.3f} of {min(natives) / 1e6:.0f} MB", share <= most
+
+    return measure
+
+
+def _head_targets() -> tuple[Target, ...]:
+    """Against native's better layout; torch.compile is shown beside them."""
+    layouts = ("NCHW", "channels_last")
+    found = []
+    for classes in (21, 19, 150):
+        labels, loss = f"head-argmax-{classes}/inference/float32", f"head-loss-{classes}/forward+backward/float32"
+        by_name = _block_speed_up(labels, 10, "fastseg NCHW", ("NCHW",))
+        found += [
+            Target(f"head-argmax-{classes}: 5x", _block_speed_up(labels, 5, baselines=layouts)),
+            Target(f"head-argmax-{classes}, NCHW: 10x", by_name),
+            Target(f"head-loss-{classes}: 4x", _block_speed_up(loss, 4, baselines=layouts)),
+            Target(f"head-loss-{classes}: at most a fifth of the memory", _memory_share(loss, 0.2)),
+        ]
+    for case in ("bilinear-logits", "bilinear-decoder"):
+        for direction in ("forward", "backward"):
+            measure = _block_speed_up(f"{case}/{direction}/float32", 1, baselines=layouts)
+            found.append(Target(f"{case} {direction}: never below native", measure))
+    return tuple(found)
+
+
 _NETWORK = "deeplabv3-mobilenet-v3/inference/float32"
 CPU_TARGETS = (
     Target("2048x33x33 d=18 forward: 10x", _speed_up("sep-aspp-d18/forward/float32", 10)),
@@ -213,6 +250,7 @@ CPU_TARGETS = (
         _speed_up("deeplabv3plus-resnet50/inference/float32", 1.12, "ratio to native channels_last"),
     ),
     Target("operator call: at most 10 us above native", _overhead),
+    *_head_targets(),
     *_block_targets(),
     *_dense_targets(),
 )

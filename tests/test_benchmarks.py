@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import fastseg
-from benchmarks import blocks, gpu, network, operators, readme, record, report, suite, summary, table, timing
+from benchmarks import blocks, gpu, head, network, operators, readme, record, report, suite, summary, table, timing
 from benchmarks.__main__ import main
 from benchmarks.blocks import BlockCase
 from benchmarks.cases import CASES, DIRECTIONS, ConvCase, select
+from benchmarks.head import HeadCase
 from benchmarks.network import NetworkCase
 from benchmarks.workload import Candidate, ConvWorkload
 from fastseg.ops.library import OVERLOADS
 
 CEILINGS = {"copy_bytes_per_s": 3e10, "float32_flop_per_s": 2e11}
+SMALL_HEADS = tuple(HeadCase(f"small-{kind}", "a small head", kind, 5, 7, 19, 2, 2) for kind in head.OPERATORS)
 TINY = ConvCase("tiny", "a small layer", 8, (9, 7), dilation=(2, 2))
 
 
@@ -52,6 +54,7 @@ def measured() -> dict:
         patch.setattr(suite, "NETWORKS", (NetworkCase("small", "deeplabv3_mobilenet_v3_large", size=97),))
         block = BlockCase("small-block", "a small block", lambda: blocks._separable(8, 16), 8, 9)
         patch.setattr(blocks, "BLOCKS", (block,))
+        patch.setattr(head, "HEADS", SMALL_HEADS[:1])
         patch.setattr(suite, "QUICK_COMPILE_SECONDS", 0.0)
         settings = suite.Settings(cases="mobilenet-384", budget=60.0)
         return suite.run(settings, say=lambda line: None, keep=lambda found: None)
@@ -106,12 +109,12 @@ def test_a_red_row_shows_no_speed_anywhere(found):
         entry["gate"] = {**entry["gate"], "green": False, "message": "planted"}
     assert summary.summaries(found) == []
     assert summary.targets({**found, "overhead": []}) == []
-    assert record.gates(found)["red"] == 5
+    assert record.gates(found)["red"] == 6
     page = report.render([found])
     assert page.count("wrong result, no speed: fastseg: planted") == 2
     assert "<svg" not in page
     assert 'class="bars"' not in page
-    assert table.markdown(found).count("wrong result, no speed") == 5
+    assert table.markdown(found).count("wrong result, no speed") == 6
 
 
 def test_a_kernel_that_raises_is_red():
@@ -168,11 +171,58 @@ def test_a_wrong_network_is_red_and_gets_no_speed(monkeypatch):
     assert "RED, no speed" in table.network_lines(row)
 
 
+# Heads
+
+
+HEAD_ROWS = pytest.mark.parametrize(
+    ("case", "direction"),
+    [pytest.param(case, d, id=f"{case.kind}-{d}") for case in SMALL_HEADS for d in head.DIRECTIONS[case.kind]],
+)
+
+
+@HEAD_ROWS
+def test_a_right_head_is_green_and_timed(case, direction):
+    row = head.measure(case, direction, "cpu", torch.float32, 0.0, compiles=False)
+    assert all(c["gate"]["green"] for c in row["candidates"] if not c["skipped"])
+    entry = summary.shown(row)
+    assert entry["name"].startswith("fastseg")
+    assert entry["peak_bytes"] > 0
+    assert {"ratio to native NCHW", "ratio to native channels_last"} <= entry.keys()
+    assert entry["name"] in table.block_line(row)
+
+
+@HEAD_ROWS
+def test_a_wrong_head_is_red_and_gets_no_speed(case, direction, monkeypatch):
+    real = head._fastseg(case, "native")
+
+    def wrong(*given):
+        y = real(*given)
+        return (y + 1) % case.channels if case.kind == "labels" else 1.001 * y
+
+    monkeypatch.setattr(head, "_fastseg", lambda case, backend: wrong)
+    row = head.measure(case, direction, "cpu", torch.float32, 0.0, compiles=False)
+    assert summary.is_red(row)
+    assert "seconds" not in summary.candidate(row, "fastseg")
+    assert "seconds" in summary.candidate(row, "native NCHW")
+
+
+def test_memory_of_a_head_is_compared_with_natives():
+    row = {"id": "small", "candidates": [
+        {"name": "native NCHW", "role": "native", "peak_bytes": 30}, {"name": "native channels_last", "role": "native"},
+        {"name": "fastseg", "role": "fastseg", "peak_bytes": 3, "gate": {"green": True}},
+    ]}  # fmt: skip
+    found = {"operators": [], "networks": [], "blocks": [row]}
+    assert summary._memory_share("small", 0.2)(found) == ("0.100 of 0 MB", True)
+    assert summary._memory_share("small", 0.05)(found)[1] is False
+    assert summary._memory_share("another", 0.2)(found) is None
+
+
 # Cases and costs
 
 
 def test_case_ids_are_unique():
-    assert len({case.id for case in CASES}) == len(CASES)
+    cases = [*CASES, *blocks.BLOCKS, *head.HEADS]
+    assert len({case.id for case in cases}) == len(cases)
     assert [case.id for case in select("sep-aspp*", "cpu")] == [
         "sep-aspp-d18",
         "sep-aspp-d6",
@@ -252,6 +302,7 @@ def test_report_command_renders_from_records(found, tmp_path, capsys):
 def test_skipped_rows_are_listed(found, monkeypatch):
     monkeypatch.setattr(suite, "NETWORKS", ())
     monkeypatch.setattr(blocks, "BLOCKS", ())
+    monkeypatch.setattr(head, "HEADS", ())
     late = suite.run(suite.Settings(cases="sep-aspp-d18", budget=0.0), say=lambda line: None, keep=lambda r: None)
     assert [s["reason"] for s in late["skipped"]] == ["the time budget was spent"] * 2
     assert "2 rows were not run" in report.render([late])
