@@ -23,6 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", help="comma-separated; default float32 on a CPU, bfloat16 and float32 on a GPU")
     run.add_argument("--cases", default="*", help="shell pattern of case ids, such as 'sep-aspp*'")
     run.add_argument("--no-networks", dest="networks", action="store_false", help="leave the whole networks out")
+    run.add_argument("--no-blocks", dest="blocks", action="store_false", help="leave whole blocks and heads out")
+    run.add_argument("--no-compile", dest="compiles", action="store_false", help="leave torch.compile out")
     run.add_argument("--budget", type=float, metavar="SECONDS", help="default 150, or 1800 with --full")
     run.add_argument("--threads", type=int, help="CPU threads")
     run.add_argument("--output", type=Path, help="write the JSON record here, after every row")
@@ -51,6 +53,8 @@ def _run(arguments) -> int:
         quick=arguments.quick,
         budget=arguments.budget or (150.0 if arguments.quick else 1800.0),
         networks=arguments.networks,
+        blocks=arguments.blocks,
+        compiles=arguments.compiles,
         threads=arguments.threads,
     )
     found = suite.run(

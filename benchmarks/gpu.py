@@ -21,6 +21,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -242,22 +243,26 @@ def _run_printing(command: list[str], limit: float, environment: dict[str, str])
     return status, "\n".join(lines)
 
 
-def run_all(output: Path, device: str, budget: float, built: bool = False) -> dict:
-    """Every stage in its order; the record. `built`: the extension is there already."""
+def run_all(output: Path, device: str, budget: float, built: bool = False, without: Sequence[str] = ()) -> dict:
+    """Every stage in its order, but those in `without`; the record. `built`: the extension is there already."""
     run = Run(output, device, budget)
     own = [*_python("benchmarks.gpu"), "--device", device, "--stage"]
     if device == "cuda" and not built:
         run.stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240)
     else:
         run.skip("build", "what was built before is used")
-    run.stage("smoke", [*own, "smoke"], 60)
-    run.stage("exactness", [*own, "exactness"], 60)
-    run.test("tests/test_contract.py tests/ops tests/test_identities.py", 180, jobs=os.cpu_count() or 1)
-    if device == "cuda":
-        run.test("tests/test_gpu.py", 60)
+    for check in ("smoke", "exactness"):
+        if check in without:
+            run.skip(check, "left out")
+        else:
+            run.stage(check, [*own, check], 60)
+    tests = "tests/test_contract.py tests/test_identities.py tests/ops"
+    run.test(f"{tests} tests/test_gpu.py" if device == "cuda" else tests, 190, jobs=os.cpu_count() or 1)
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
-        if device == "cuda" and sanitizer:
+        if tool in without:
+            run.skip(tool, "left out")
+        elif device == "cuda" and sanitizer:
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *own, "touch"]
             # Without PyTorch's caching allocator every tensor has bounds that the sanitizer can see.
             run.stage(tool, command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -265,11 +270,14 @@ def run_all(output: Path, device: str, budget: float, built: bool = False) -> di
             run.skip(tool, "compute-sanitizer is not installed" if device == "cuda" else "a dry run has no GPU")
     left = run.end - time.perf_counter()
     if device == "cuda":
-        run.measure("times, bfloat16", 0.5 * left, "--dtype", "bfloat16", "--no-networks")
-        run.measure("networks", 0.2 * left, "--dtype", "bfloat16", "--cases", "")
-        run.measure("times, float32", left, "--dtype", "float32", "--no-networks")
+        operators, low = ("--no-networks", "--no-blocks", "--no-compile"), ("--dtype", "bfloat16")
+        run.measure("times, bfloat16", 0.4 * left, *low, *operators)
+        run.measure("blocks and heads", 0.4 * left, *low, "--no-networks", "--cases", "")
+        run.measure("networks", 0.2 * left, *low, "--no-blocks", "--cases", "")
+        run.measure("times, float32", left, "--dtype", "float32", *operators)
     else:
-        run.measure("times, float32", left, "--dtype", "float32", "--no-networks", "--cases", "mobilenet-384")
+        options = ("--no-networks", "--no-blocks", "--cases", "mobilenet-384")
+        run.measure("times, float32", left, "--dtype", "float32", *options)
     record.finish(run.record)
     record.save(run.record, output)
     return run.record
@@ -280,6 +288,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="where the record goes")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, metavar="SECONDS")
     parser.add_argument("--dry-run", action="store_true", help="every stage that can run on the CPU; nothing to commit")
+    parser.add_argument("--without", default="", metavar="STAGES", help="comma-separated: smoke, exactness, ...")
     parser.add_argument("--built", action="store_true", help="use the extension that is there")
     parser.add_argument("--stage", choices=("smoke", "exactness", "touch"), help="only this, in this process")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="for --stage")
@@ -296,7 +305,7 @@ def main(arguments: list[str]) -> int:
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
         output = Path(os.environ.get("OUT") or record.RESULTS) / f"{name}.json"
     output = parsed.output or output
-    found = run_all(output, device, parsed.budget, parsed.built)
+    found = run_all(output, device, parsed.budget, parsed.built, parsed.without.split(","))
     print(f"\n{table.terminal(found)}" if found["operators"] else "")
     for stage in found["stages"]:
         print(f"{stage['status']:<10} {stage['name']} ({stage['seconds']:.0f} s)")

@@ -32,6 +32,8 @@ class Settings:
     quick: bool = True
     budget: float = 150.0
     networks: bool = True
+    blocks: bool = True  # whole blocks and heads
+    compiles: bool = True  # whether torch.compile is among the candidates
     threads: int | None = None
 
 
@@ -49,6 +51,7 @@ def run(settings: Settings, say: Callable[[str], None], keep: Callable[[dict], N
     keep(found)
     if settings.networks:
         _run_networks(settings, found, end, say, keep)
+    if settings.blocks:
         _run_blocks(settings, found, end, say, keep)
     _run_operators(settings, found, end, say, keep)
     found["overhead"] = operators.overhead(settings.device, settings.budget * OVERHEAD_SHARE)
@@ -84,15 +87,15 @@ def _run_networks(settings, found, end, say, keep):
 
 def _run_blocks(settings, found, end, say, keep):
     """The rows of heads, then those of blocks."""
-    quick_compile = QUICK_COMPILE_SECONDS > 0
+    full, quick_compile = settings.compiles and not settings.quick, settings.compiles and QUICK_COMPILE_SECONDS > 0
     plan = [
-        (head, case, direction, dtype, not settings.quick)
+        (head, case, direction, dtype, full or (quick_compile and settings.device == "cuda" and case.kind == "loss"))
         for dtype in settings.dtypes
         for case in head.HEADS
         for direction in head.DIRECTIONS[case.kind]
     ]
     plan += [
-        (blocks, case, direction, dtype, not settings.quick or (direction == "inference" and quick_compile))
+        (blocks, case, direction, dtype, full or (direction == "inference" and quick_compile))
         for dtype in settings.dtypes
         for case in blocks.BLOCKS
         for direction in blocks.DIRECTIONS
@@ -119,7 +122,8 @@ def _run_operators(settings, found, end, say, keep):
     plan = _plan(settings)
     if plan:
         say(table.HEADER)
-    compiling = _CompileTime(QUICK_COMPILE_SECONDS if settings.quick else float("inf"))
+    most = QUICK_COMPILE_SECONDS if settings.quick else float("inf")
+    compiling = _CompileTime(most if settings.compiles else 0.0)
     workload = None
     for done, (case, dtype, direction) in enumerate(plan):
         identity = f"{case.id}/{direction}/{dtype}"
