@@ -257,7 +257,7 @@ def run_all(output: Path, device: str, budget: float, built: bool = False, witho
         else:
             run.stage(check, [*own, check], 60)
     tests = "tests/test_contract.py tests/test_identities.py tests/ops"
-    run.test(f"{tests} tests/test_gpu.py" if device == "cuda" else tests, 190, jobs=os.cpu_count() or 1)
+    run.test(f"{tests} tests/test_gpu.py" if device == "cuda" else tests, 230, jobs=os.cpu_count() or 1)
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
         if tool in without:

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[2]
 SUBSETS = {
     "depthwise": "depthwise and within_bound and float32 and (3x3 or 5x5 or 4x2 or one-pixel or multiplier)",
     "dilated": "dilated and within_bound and (float32 or float16) and (3x3-d6 or 3x3-s2-d2 or 3x5-s2x1-d1x2 or thin)",
+    "head": "within_bound and float32",
 }
+# Where a family's contract is tested, if not with the convolutions.
+FILES = {"head": ["tests/ops/test_head.py", "tests/ops/test_head_cuda.py"]}
 
 
 class Mutation(NamedTuple):
@@ -81,6 +84,36 @@ MUTATIONS = {
         "    left -= kDepth;\n",
         "",
     ),
+    "shares swapped": Mutation(
+        "csrc/head/head.cuh",
+        "multiply_add(second, share, first * (Acc(1) - share))",
+        "multiply_add(first, share, second * (Acc(1) - share))",
+    ),
+    "classes beyond the last one unmasked": Mutation(
+        "csrc/head/head_pixels.cuh",
+        "if (c + kVec > classes) {",
+        "if (c > classes) {",
+    ),
+    "cells overwritten before they have been read": Mutation(
+        "csrc/head/head_pixels.cuh",
+        "    if (chunk > 0) __syncthreads();",
+        "    ",
+    ),
+    "pixels read before they are staged": Mutation(
+        "csrc/head/head_gradient.cuh",
+        "    __syncthreads();\n\n    for (int r",
+        "    for (int r",
+    ),
+    "cells left of a tile forgotten": Mutation(
+        "csrc/head/head_gradient.cuh",
+        "for (int j = 0; j <= kColumns; ++j) {  // cell w0 - 1 + j",
+        "for (int j = 1; j <= kColumns; ++j) {",
+    ),
+    "what lies below the last row dropped": Mutation(
+        "csrc/head/head_resize.cuh",
+        "if (h == H - 1) {",
+        "if (h == H) {",
+    ),
 }
 
 
@@ -93,7 +126,7 @@ def contract(family: str, overlay: Path | None = None) -> subprocess.CompletedPr
         sys.executable,
         "-m",
         "pytest",
-        "tests/test_contract.py",
+        *FILES.get(family, ["tests/test_contract.py"]),
         "-x",
         "-q",
         "-p",
