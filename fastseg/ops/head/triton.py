@@ -48,7 +48,6 @@ from fastseg.ops.head.triton_sampling import (
     load_between,
     output_rows,
     sample,
-    search_output,
     share_of,
 )
 from fastseg.ops.triton_common import (
@@ -79,10 +78,8 @@ RUNTIME_SIZES = (
     "P",
     "Q",
     "turns_h",
-    "turns_own",
     "turns_w",
     "block_h",
-    "most_own",
     "most_read",
     "n_columns",
     "n_chunks",
@@ -144,7 +141,7 @@ def upsample_forward(
 def upsample_backward(
     p_gy,  # [N, C, P, Q]
     p_gx,  # [N, C, H, W]
-    C, H, W, P, Q, block_h, turns_h, turns_own, turns_w, most_own, most_read,
+    C, H, W, P, Q, block_h, turns_h, turns_w, most_read,
     step_h, step_w,
     s_gyn, s_gyc, s_gyp, s_gyq,
     s_gxn, s_gxc, s_gxh, s_gxw,
@@ -168,11 +165,11 @@ def upsample_backward(
     p_gx += i_n.to(tl.int64) * s_gxn
 
     i_above = tl.maximum(i_h - 1, 0)  # its outputs reach the first row of the strip
-    i_p = first_output(i_above, step_h, H, P, turns_h, IS_ALIGNED)
     b_zero = tl.zeros_like(o_gx).to(tl.float32)
     acc, acc_below = b_zero, b_zero  # [tile] of an input row, and of the next
     for i_row in range(i_above, tl.minimum(i_h + block_h, H)):
-        i_end = search_output(i_row + 1, i_p, tl.minimum(i_p + most_own, P), step_h, H, turns_own, IS_ALIGNED)
+        i_p = first_output(i_row, step_h, H, P, turns_h, IS_ALIGNED)
+        i_end = first_output(i_row + 1, step_h, H, P, turns_h, IS_ALIGNED)
         for i_gy in range(i_p, i_end):
             share_h = share_of(i_gy, step_h, H, IS_ALIGNED)
             p_row = p_gy + tl.cast(i_gy, tl.int64) * s_gyp
@@ -187,7 +184,6 @@ def upsample_backward(
                 b_row = tl.where(m_gy, b_row + b_gy * b_weight, b_row)
             acc += b_row * (1 - share_h)
             acc_below += b_row * share_h
-        i_p = i_end
         acc = tl.where(tl.cast(i_row, tl.int32) == H - 1, acc + acc_below, acc)
         store_tile(p_gx + tl.cast(i_row, tl.int64) * s_gxh, o_gx, acc, m_gx & (i_row >= i_h), GROUP)  # [tile]
         acc, acc_below = acc_below, b_zero
@@ -292,9 +288,7 @@ def backward(grad_output, input_size, scales, align_corners):
             p_gx=grad_input,
             C=C, H=H, W=W, P=P, Q=Q, block_h=block_h,
             turns_h=rows.turns,
-            turns_own=rows.turns_own,
             turns_w=columns.turns,
-            most_own=rows.most_own,
             most_read=columns.most_read,
             step_h=rows.step,
             step_w=columns.step,

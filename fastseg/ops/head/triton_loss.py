@@ -64,7 +64,6 @@ from fastseg.ops.head.triton_sampling import (
     load_between,
     output_rows,
     sample,
-    search_output,
     share_of,
 )
 from fastseg.ops.triton_common import (
@@ -88,10 +87,8 @@ RUNTIME_SIZES = (
     "P",
     "Q",
     "turns_h",
-    "turns_own",
     "turns_w",
     "block_h",
-    "most_own",
     "n_columns",
     "n_chunks",
     "ignore_index",
@@ -296,7 +293,7 @@ def cross_entropy_gradient(
     p_log,  # [N, P, Q] fp32: log2 of the sum of exp(score - max)
     p_grad_losses,  # [N, P, Q], or None: 1
     p_gx,  # [N, C, H, W] fp32, contiguous
-    C, H, W, P, Q, n_columns, block_h, turns_h, turns_own, turns_w, most_own,
+    C, H, W, P, Q, n_columns, block_h, turns_h, turns_w,
     step_h, step_w, ignore_index, label_smoothing,
     s_xn, s_xc, s_xh,
     s_tn, s_tp, s_tq,
@@ -331,7 +328,6 @@ def cross_entropy_gradient(
 
     total = total_of_weights(p_weight_sum, C, HAS_WEIGHT and HAS_SMOOTHING)
     i_above = tl.maximum(i_h - 1, 0)  # its outputs reach the first row of the strip
-    i_p = first_output(i_above, step_h, H, P, turns_h, IS_ALIGNED)
     b_zero = tl.zeros([BLOCK], tl.float32)
     b_x, b_x_right, weights = (), (), ()  # CLASSES x [BLOCK], the upper corners of cells; CLASSES scalars
     for c in tl.static_range(CLASSES):
@@ -342,8 +338,9 @@ def cross_entropy_gradient(
     acc_left, acc_right = (b_zero,) * CLASSES, (b_zero,) * CLASSES  # CLASSES x [BLOCK], of upper corners
 
     for i_row in range(i_above, tl.minimum(i_h + block_h, H)):
+        i_p = first_output(i_row, step_h, H, P, turns_h, IS_ALIGNED)
+        i_end = first_output(i_row + 1, step_h, H, P, turns_h, IS_ALIGNED)
         i_below = tl.minimum(i_p * 0 + i_row + 1, H - 1)
-        i_end = search_output(i_row + 1, i_p, tl.minimum(i_p + most_own, P), step_h, H, turns_own, IS_ALIGNED)
         b_below, b_below_right = (), ()  # CLASSES x [BLOCK], the lower corners
         for c in tl.static_range(CLASSES):
             p_below = p_x + i_below.to(tl.int64) * s_xh + (i_c + c).to(tl.int64) * s_xc
@@ -420,7 +417,6 @@ def cross_entropy_gradient(
             b_gx = b_left + tl.where(o_w > 0, tl.gather(b_right, o_before, 0), 0.0) + tl.where(m_edge, b_right, 0.0)
             p_gx_row = p_gx + tl.cast(i_row, tl.int64) * s_gxh + (i_c + c).to(tl.int64) * s_gxc
             tl.store(p_gx_row + (o_n * s_gxn + o_w), b_gx, mask=m_left & (i_row >= i_h) & (i_c + c < C))  # [BLOCK]
-        i_p = i_end
         b_x, b_x_right = b_below, b_below_right
         acc_left, acc_right = acc_below, acc_below_right
 
@@ -527,9 +523,7 @@ def _launch_gradient(x, target, weight, ignore_index, label_smoothing, align_cor
         n_columns=N * W,
         block_h=block_h,
         turns_h=rows.turns,
-        turns_own=rows.turns_own,
         turns_w=columns.turns,
-        most_own=rows.most_own,
         **_shared_arguments(x, target, weight, ignore_index, label_smoothing, align_corners),
         **strides("s_gn s_gp s_gq", target if grad_losses is None else grad_losses),
         **dict(zip(("s_gxn", "s_gxc", "s_gxh"), gradient.stride(), strict=False)),

@@ -43,7 +43,6 @@ class Axis(NamedTuple):
     outputs: int
     step: float  # what source_step gives, rounded to float32
     turns: int  # of a binary search over the outputs
-    turns_own: int  # of one over those with the same `first`
     most_own: int  # outputs with the same `first`, at most
     most_read: int  # outputs that read one input, at most
 
@@ -55,8 +54,7 @@ def plan_axis(inputs: int, outputs: int, scale: float | None, align_corners: boo
     own = torch.bincount(first, minlength=inputs)
     read = own.clone()
     read[1:] += own[:-1]
-    most_own = int(own.max())
-    return Axis(inputs, outputs, step, outputs.bit_length(), most_own.bit_length(), most_own, int(read.max()))
+    return Axis(inputs, outputs, step, outputs.bit_length(), int(own.max()), int(read.max()))
 
 
 class Units(NamedTuple):

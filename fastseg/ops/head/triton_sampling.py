@@ -36,13 +36,12 @@ def share_of(o_out, step, inputs, IS_ALIGNED: tl.constexpr):
 
 @triton.jit
 def first_output(o_in, step, inputs, outputs, turns, IS_ALIGNED: tl.constexpr):
-    """The smallest output whose `first` is at least `o_in`, or `outputs`. `turns` is the bit length of `outputs`."""
-    return search_output(o_in, o_in * 0, o_in * 0 + outputs, step, inputs, turns, IS_ALIGNED)
+    """The smallest output whose `first` is at least `o_in`, or `outputs`. `turns` is the bit length of `outputs`.
 
-
-@triton.jit
-def search_output(o_in, o_low, o_high, step, inputs, turns, IS_ALIGNED: tl.constexpr):
-    """`first_output` among o_low, ... o_high, fewer than 2 ** turns apart."""
+    Every search begins anew: Triton 3.6 takes a value for constant that a loop carries and an inner loop like this one
+    starts from.
+    """
+    o_low, o_high = o_in * 0, o_in * 0 + outputs
     for _ in range(turns):
         o_middle = (o_low + o_high) // 2
         o_first, _, _ = sample(o_middle, step, inputs, IS_ALIGNED)
