@@ -34,6 +34,8 @@ OPERATORS = {
 }
 DIRECTIONS = {"loss": ("forward+backward",), "labels": ("inference",), "resize": ("forward", "backward")}
 IGNORED = 255
+# On a GPU PyTorch adds up the gradients of a resize in the tensors' dtype: two bits of these are lost.
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _measure(case, direction, device, dtype, seconds, compiles):
             entry["skipped"] = "compiling takes too long for the quick run"
             continue
         prepared = [_call(case, direction, function, LAYOUTS[layout], *tensors) for tensors in given]
-        entry["gate"] = _gate(case, prepared[0](), wanted, role)
+        entry["gate"] = _gate(case, prepared[0](), wanted, "native" if choice.backend == "native" else role)
         if entry["gate"]["green"]:
             calls[name] = prepared
             entry["peak_bytes"] = memory.peak_bytes(prepared[0], device)
@@ -224,7 +226,7 @@ def _gate(case: HeadCase, results, wanted: tuple[Expected, ...], role: str) -> d
                 assert_argmax(result, expected)
             elif role == "fastseg":
                 assert_within(result, expected, "result")
-            elif not errors[-1] <= BASELINE_ERROR:
+            elif not errors[-1] <= BASELINE_ERROR * (4 if result.dtype in LOW_PRECISION else 1):
                 raise AssertionError(f"the largest error is {errors[-1]:.3g} of the largest value")
         except AssertionError as failure:
             message = message or str(failure)

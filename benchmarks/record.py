@@ -15,6 +15,7 @@ overhead   rows of operators.overhead
 skipped    {"id", "reason"} of what was not run
 stages     only from gpu.py: {"name", "status", "seconds", "detail"}
 promises   only from gpu.py: test -> how many of its cases passed, failed and were skipped
+failures   only from gpu.py: the first of those that failed, and what they said
 """
 
 from __future__ import annotations

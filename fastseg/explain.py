@@ -282,7 +282,7 @@ def _plan(call: _Call, chain: Chain | None, accelerated: bool) -> _Plan:
     arguments = _arguments(call, layout)
     geometry = None if arguments is None else geometry_of(arguments, layer.weight)
     kernel, reason = kernel_choice(layer, backend, call.dtype, call.device.type, geometry)
-    folds = chain is not None and chain.enabled and pays(layer, call.input, call.device.type)
+    folds = chain is not None and chain.enabled and pays(layer, call.input, call.device.type, kernel)
     return _Plan(kernel, reason, backend, layout, chain if folds else None)
 
 

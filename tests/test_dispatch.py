@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastseg
-from fastseg import dispatch, extension
+from fastseg import dispatch, extension, gpu_choice
 
 ROOT = Path(__file__).parent.parent
 DEPTHWISE = dispatch.Problem("depthwise_conv2d", "cpu", torch.float32)
@@ -121,6 +121,42 @@ def test_auto_takes_dense_kernels_where_records_show_them_faster(problem, backen
     choice = dispatch.choose(problem)
     assert choice.backend == backend
     assert choice.reason
+
+
+def on_gpu(problem: dispatch.Problem, **changes) -> dispatch.Problem:
+    return problem._replace(device_type="cuda", dtype=torch.bfloat16)._replace(**changes)
+
+
+ASPP_D12, ASPP_D6, UNDILATED = (dense(2048, 256, 33, dilation=d) for d in (12, 6, 1))
+FILTERS = ASPP_D12._replace(operator="depthwise_conv2d")
+FILTERS_D1 = UNDILATED._replace(operator="depthwise_conv2d")
+ON_GPU = {
+    "aspp": (on_gpu(ASPP_D12), ("triton",)),
+    "aspp-in-training": (on_gpu(ASPP_D12, gradient=True), ("triton",)),
+    "low-rate": (on_gpu(ASPP_D6), ("triton",)),
+    "low-rate-in-training": (on_gpu(ASPP_D6, gradient=True), ()),
+    "undilated": (on_gpu(UNDILATED), ()),
+    "1x1": (on_gpu(dense(256, 256, 33, kernel=1)), ()),
+    "thin": (on_gpu(dense(2048, 21, 41, dilation=12)), ()),
+    "contiguous": (on_gpu(dense(2048, 256, 33, dilation=12, channels_last=False)), ()),
+    "float32": (on_gpu(ASPP_D12, dtype=torch.float32), ()),
+    "unknown-sizes": (on_gpu(ASPP_D12, geometry=None), ()),
+    "depthwise": (on_gpu(FILTERS), ("cuda", "triton")),
+    "undilated-depthwise": (on_gpu(FILTERS_D1), ()),
+    "undilated-depthwise-in-training": (on_gpu(FILTERS_D1, gradient=True), ("cuda", "triton")),
+    "labels": (on_gpu(dispatch.Problem("upsample_argmax", "cuda", torch.bfloat16)), ("cuda",)),
+    "block": (on_gpu(dispatch.Problem("aspp_branches", "cuda", torch.bfloat16)), ()),
+}
+
+
+@pytest.mark.parametrize(("problem", "backends"), ON_GPU.values(), ids=ON_GPU)
+def test_auto_on_a_gpu_follows_the_records(problem, backends, monkeypatch):
+    monkeypatch.setattr(gpu_choice, "_capability", lambda: 9)
+    found, reason = gpu_choice.kernel_on_gpu(problem)
+    assert found == backends
+    assert reason
+    monkeypatch.setattr(gpu_choice, "_capability", lambda: 8)
+    assert gpu_choice.kernel_on_gpu(problem)[0] == ()
 
 
 def test_choices_by_size_do_not_pile_up(monkeypatch):

@@ -95,7 +95,8 @@ def to_memory_format(input: torch.Tensor, memory_format: torch.memory_format | N
 
 def folded_if_right(layer: torch.nn.Conv2d, chain: folding.Chain, input, backend: str | None) -> torch.Tensor | None:
     """`folded`, or None where it does not pay or is not right for this call."""
-    if not folding.pays(layer, input.shape, input.device.type):
+    plan = _plan(layer, input, layer.weight, backend) if input.is_cuda else None
+    if not folding.pays(layer, input.shape, input.device.type, "native" if plan is None else plan[0].backend):
         return None
     operands = folding.Operands.of(layer, chain.norm)
     return folded(layer, chain, input, operands, backend) if folding.may_fold(input, operands) else None

@@ -158,10 +158,16 @@ def may_fold(input: torch.Tensor, operands: Operands) -> bool:
     return not torch._C._len_torch_dispatch_stack() and forward_ad._current_level < 0
 
 
-def pays(layer: torch.nn.Conv2d, shape: tuple[int, ...], device_type: str) -> bool:
-    """Whether the passes over the output that folding saves cost more than computing scale and shift."""
+def pays(layer: torch.nn.Conv2d, shape: tuple[int, ...], device_type: str, backend: str) -> bool:
+    """Whether the passes over the output that folding saves cost more than computing scale and shift.
+
+    `backend` runs the convolution. On a GPU its epilogue has to take scale and shift, as that of the dense kernels
+    does: a pass of small operators is slower than native's norm.
+    """
     if len(shape) != 4:
         return False  # batch norm takes no unbatched input
+    if device_type == "cuda" and (layer.groups != 1 or backend == "native"):
+        return False
     return _output_pixels(layer, shape) * layer.out_channels >= FEWEST_OUTPUTS.get(device_type, 0)
 
 
