@@ -15,6 +15,7 @@ from tests.offline.compile_table import (
     Table,
     compile_everything,
     cuda_sources,
+    lost_values,
     nvcc_compiler,
     read_table,
     triton_compiler,
@@ -59,6 +60,15 @@ def test_table_is_complete(compiled, name: str):
         pytest.skip(f"{TABLE.name} has no rows of {COMPILERS[name]}: add them with `{REGENERATE}`")
     missing = [" ".join(key) for key in rows if key not in COMMITTED]
     assert not missing, f"not in {TABLE.name}: add them with `{REGENERATE}`\n" + "\n".join(missing)
+
+
+def test_a_value_that_a_loop_loses_is_noticed():
+    loop = "%r:2 = scf.for %i = %a to %b step %c iter_args(%p = %x, %t = %y) -> ({})  : i32 {{"
+    whole, without = loop.format("i32, tensor<16x64xf32>"), loop.format("tensor<16x64xf32, #blocked>")
+    assert lost_values(whole, without) == ["i32, tensor<16x64xf32>"]
+    assert lost_values(without, without) == lost_values(whole, loop.format("i32, tensor<16x64xf32, #mma>")) == []
+    plain = "scf.for %i = %a to %b step %c  : i32 {"
+    assert lost_values(plain, plain) == lost_values(whole + "\n" + plain, without) == []
 
 
 @pytest.mark.parametrize("name", COMPILERS)
