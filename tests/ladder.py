@@ -42,9 +42,10 @@ class Step:
 
 
 def steps() -> list[Step]:
-    # Both run kernels on one core: more threads would only wait for each other.
-    interpreter = {"FASTSEG_RUNG": "interpreter", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    host = {"FASTSEG_RUNG": "host", "OMP_NUM_THREADS": "1"}
+    # Steps that run beside another: more threads would only wait for each other.
+    one_core = {"OMP_NUM_THREADS": "1"}
+    interpreter = one_core | {"FASTSEG_RUNG": "interpreter", "TRITON_INTERPRET": "1"}
+    host = one_core | {"FASTSEG_RUNG": "host"}
     sanitized = host | {"FASTSEG_SANITIZE": "1"}
     return [
         Step(0, "lint", [sys.executable, "tests/lint.py"]),
@@ -53,8 +54,11 @@ def steps() -> list[Step]:
             *PYTEST, "tests", "--ignore=tests/host", "--ignore=tests/offline", "--ignore=tests/test_examples.py",
         ]),
         *(
-            Step(1, f"C++ CPU kernels, {best} at most", [*PYTEST, *CPU_KERNELS], {"FASTSEG_CPU_CAPABILITY": best})
-            for best in ("avx2", "plain")
+            Step(1, f"C++ CPU kernels, {best} at most", [*PYTEST, *CPU_KERNELS], one_core | environment, beside)
+            for best, beside, environment in (
+                ("avx2", False, {"FASTSEG_CPU_CAPABILITY": "avx2"}),
+                ("plain", True, {"FASTSEG_CPU_CAPABILITY": "plain"}),
+            )
         ),
         *(
             Step(2, f"Triton kernels in the interpreter, {part}", [*PYTEST, *CONTRACT, "-k", half], interpreter, beside)
@@ -63,12 +67,12 @@ def steps() -> list[Step]:
                 ("dense and ASPP", f"not ({FIRST_HALF})", True),
             )
         ),
+        Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT], host),
+        Step(3, "CUDA kernels with planted bugs", [*PYTEST, "tests/host/test_mutations.py"], host, True),
+        Step(3, "CUDA kernels on the CPU, sanitized", [*PYTEST, "tests/test_contract.py", "-k", SANITIZED], sanitized),
         Step(3, "the executor of CUDA kernels on the CPU", [
             *PYTEST, "tests/host/test_host_executor.py", "tests/host/test_load_matrices.py",
-        ]),
-        Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT], host),
-        Step(3, "CUDA kernels on the CPU, sanitized", [*PYTEST, "tests/test_contract.py", "-k", SANITIZED], sanitized),
-        Step(3, "CUDA kernels with planted bugs", [*PYTEST, "tests/host/test_mutations.py"], host, True),
+        ], one_core, True),
         Step(4, "offline compilation and its table of resources", [*PYTEST, "tests/offline"]),
     ]  # fmt: skip
 

@@ -198,9 +198,10 @@ def dilated_cases(target: int) -> list[DilatedCase]:
         cases += [case(dtype="float32", tile=tile) for tile in IEEE_CONFIGS]
     if target >= 90:
         from fastseg.ops.dilated.triton import BOX_CONFIGS, GRAD_BOX_CONFIGS, WIDE_CONFIGS
-        from fastseg.ops.dilated.triton_plan import MAX_IMAGE_BIAS
+        from fastseg.ops.dilated.triton_plan import MAX_IMAGE_BIAS, MAX_RESULT_BYTES
 
-        cases += [case(tile=tile, activation=act) for tile in WIDE_CONFIGS for act in ("none", "silu")]
+        if target == 90:
+            cases += [case(tile=tile, activation=act) for tile in WIDE_CONFIGS for act in ("none", "silu")]
         cases += [case(tile=tile) for tile in {c[3:]: c for c in GRAD_BOX_CONFIGS}.values()]
 
         # One box of each tile: they differ in a few constants of the epilogue.
@@ -208,7 +209,7 @@ def dilated_cases(target: int) -> list[DilatedCase]:
             cases += [case(tile=tile), case(tile=tile, channels=(2048, 171)), case(tile=tile, index_64=True)]
             cases += [case(tile=tile, activation="silu", scale=True)]
             cases += [projection(tile=tile)] if tile.results_per_thread <= MAX_IMAGE_BIAS else []
-            if tile.BLOCK_N <= 128:
+            if 4 * tile.results_per_thread <= MAX_RESULT_BYTES:
                 cases += [kind(tile=tile, dtype="float32", tf32=True) for kind in (case, projection)]
                 cases += [case(tile=tile, dtype="float32", tf32=True, activation="silu", scale=True, index_64=True)]
     return cases

@@ -102,8 +102,8 @@ CONFIGS = (
     Config(32, 32, 64, 4, 4),
     Config(16, 16, 16, 1, 3),
 )
-# Twice the results a thread: for 32-bit offsets, where the matrix unit reads shared memory (capability 9). The first
-# one leaves no registers for an epilogue, so it is for grad_input.
+# Twice the results a thread: for plain whole sums with 32-bit offsets on capability 9, which has the registers. The
+# first one leaves none for an epilogue, so it is for grad_input.
 WIDE_CONFIGS = (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 3))
 # Where channels do not come in aligned groups of 16 bytes, each element or pair of a tile takes an address and a mask
 # in registers: tiles are smaller, and shallower for images of few channels.
@@ -284,7 +284,7 @@ def choose_config(
         blocks = cdiv(columns, config.BLOCK_N)
         programs = blocks * sum(rows)
         for n_splits in splits:
-            if n_splits > 1 and programs >= 2 * device.multiprocessors:
+            if n_splits > 1 and (programs >= 2 * device.multiprocessors or config in WIDE_CONFIGS):
                 break
             at_once = 1 if is_interpreted() else min(resident, max(1, programs * n_splits // device.multiprocessors))
             shared = max(step, STEP_LATENCY // at_once)
@@ -372,8 +372,8 @@ def plan_product(
         boxes = tuple(c for c in boxes if c.results_per_thread <= MAX_IMAGE_BIAS)
     if isinstance(forced, GradBoxConfig) or (isinstance(forced, BoxConfig) and forced not in boxes):
         forced = None
-    is_wide = device.capability >= 9 and itemsize == 2 and not layout.IS_INDEX_64 and not has_image_bias
-    if is_wide and configs is CONFIGS:
+    has_room = device.capability == 9 and itemsize == 2 and not layout.IS_INDEX_64 and not has_image_bias
+    if has_room and has_neighbours and configs is CONFIGS:
         configs = (*WIDE_CONFIGS[0 if targets == "inputs" else 1 :], *configs)
     config, splits = forced, forced_splits
     if config is None:
