@@ -9,15 +9,22 @@ import re
 from pathlib import Path
 
 from benchmarks import table
-from benchmarks.record import RESULTS, newest
+from benchmarks.record import RESULTS, committed
 
 BLOCKS = {"cpu-table": "cpu", "gpu-table": "cuda"}
 
 
 def block(name: str, results: Path = RESULTS) -> str:
-    """The text of one block: the newest record's table, or that there is none."""
-    record = newest(BLOCKS[name], results)
-    return "no record yet" if record is None else table.markdown(record)
+    """The text of one block: the newest record's table, and of every earlier one what later ones lack."""
+    tables, seen = [], set()
+    for record in committed(BLOCKS[name], results):
+        rest = dict(record)
+        for kind in ("networks", "blocks", "operators"):
+            rest[kind] = [row for row in record.get(kind, []) if row["id"] not in seen]
+            seen |= {row["id"] for row in rest[kind]}
+        if any(rest[kind] for kind in ("networks", "blocks", "operators")):
+            tables.append(table.markdown(rest))
+    return "\n\n".join(tables) or "no record yet"
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

@@ -68,10 +68,15 @@ def not_yet_run_on_a_gpu(root: Path = ROOT, results: Path = RESULTS) -> list[str
     return [path for path in sorted(gpu_files(root)) if seen.get(path) != hashes[path]]
 
 
+def committed(device: str, results: Path = RESULTS) -> list[dict]:
+    """The committed records of "cpu" or "cuda", the newest first."""
+    records = [load(path) for path in sorted(results.glob("*.json"))]
+    return sorted((r for r in records if r["settings"]["device"] == device), key=lambda r: r["created"], reverse=True)
+
+
 def newest(device: str, results: Path = RESULTS) -> dict | None:
     """The newest committed record of "cpu" or "cuda", or None."""
-    records = [load(path) for path in sorted(results.glob("*.json"))]
-    return max((r for r in records if r["settings"]["device"] == device), key=lambda r: r["created"], default=None)
+    return next(iter(committed(device, results)), None)
 
 
 def start(settings: dict) -> dict:

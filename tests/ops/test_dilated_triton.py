@@ -140,13 +140,15 @@ def test_splits_of_the_weight_gradient(device):
 @pytest.mark.parametrize("config", [Config(16, 16, 16, 1, 3), SMALL_BOX], ids=["pointers", "descriptors"])
 def test_splits_of_a_product(config, splits, bias, device):
     """Several programs share the sum of a tile, some without a step; a second stage adds theirs in order."""
-    x, weight, vector = tensors(device, torch.float16, images=2, channels=72, kernel=(3, 1))
+    x, weight, vector = tensors(device, torch.float16, images=2, channels=40, kernel=(3, 1))
     images = random_tensor((2, 24), torch.float16, seed=5, device=device)
     given = {"none": None, "one": vector, "of each image": images}[bias]
     with operator.forced_config(config, splits):
-        check(x, weight, vector, ROWS_D2)
+        grad_output = random_tensor((2, 24, 5, 6), torch.float16, seed=9, device=device)
+        grad_input = operator.backward(grad_output, x, weight, *ROWS_D2, (True, False, False))[0]
         y = operator.forward(x, weight, given, *ROWS_D2, "relu")
         assert torch.equal(y, operator.forward(x, weight, given, *ROWS_D2, "relu"))
+    assert_within(grad_input, expected_conv(x, weight, None, *ROWS_D2, "none", grad_output).grad_input, "grad_input")
     for image in range(2):
         own = images[image] if bias == "of each image" else given
         wanted = expected_conv(x[image : image + 1], weight, own, *ROWS_D2, "relu").output

@@ -370,7 +370,7 @@ LABELS = {
 @LAYOUTS
 @EACH_DTYPE
 @pytest.mark.parametrize("align_corners", [False, True][: 2 - SLOW_RUNG])
-@pytest.mark.parametrize("case", [LABELS["150"]] if SLOW_RUNG else LABELS.values(), ids=lambda case: str(case[0]))
+@pytest.mark.parametrize("case", [LABELS["21"]] if SLOW_RUNG else LABELS.values(), ids=lambda case: str(case[0]))
 def test_labels(case, align_corners, dtype, layout, target):
     skip_unless_taken(target, dtype)
     classes, size, image = case
@@ -763,11 +763,12 @@ def test_a_target_that_is_no_class(wrong, reduction, target):
 # Memory.
 
 
+@pytest.mark.skipif(SLOW_RUNG, reason="takes minutes in the interpreter; a GPU sees what Triton's launches allocate")
 def test_full_size_logits_never_exist(target):
     """The peak of forward and backward is a small share of one tensor with classes at full resolution."""
     if target.backend == "reference":
         pytest.skip("the reference has them")
-    classes, size, image = (32, 4, 64) if SLOW_RUNG else (64, 8, 128)
+    classes, size, image = 64, 8, 128
     case = LossCase(classes, (size, size), (image, image), batch=1)
     given = Loss(target, case, layout=torch.channels_last)
     full = 4 * classes * image * image
