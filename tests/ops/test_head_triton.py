@@ -125,4 +125,4 @@ def test_contiguous_logits_are_not_copied(device, launched):
 
 def test_plan_inverts_the_positions():
     axis = triton_plan.plan_axis(128, 512, None, False)
-    assert axis[3:] == (10, 3, 6, 10)  # turns, turns within a cell, outputs of the widest cell, of the widest input
+    assert axis[3:] == (10, 6, 10)  # turns, outputs of the widest cell, of the widest input
