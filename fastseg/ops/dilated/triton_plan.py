@@ -1,5 +1,7 @@
 """Which tile shape each Triton kernel of the family gets, how many programs, and its table of rectangles.
 
+The file is long because all plans share the tables of tiles and the model of what they cost.
+
 Plain integers and one small table, no tensors of a call. A plan is cached: a network calls the same few problems over
 and over. Which taps are live where is live_taps.py's knowledge; here rectangles become tiles of a matrix product.
 """
