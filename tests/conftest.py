@@ -26,7 +26,7 @@ if RUNG not in RUNGS:
 SLOW_RUNG = RUNG == "interpreter"
 
 # Examples a property test draws: interpreted kernels take a thousand times longer, and Triton compiles for new shapes.
-_EXAMPLES = {"cpu": 150, "interpreter": 6, "host": 40, "gpu": 15}
+_EXAMPLES = {"cpu": 150, "interpreter": 3, "host": 40, "gpu": 15}
 
 settings.register_profile(
     "fastseg",
