@@ -74,9 +74,7 @@ HEADS = (
 
 def measure(case: HeadCase, direction: str, device: str, dtype: torch.dtype, seconds: float, compiles: bool) -> dict:
     """The record's row of one case and direction."""
-    if device == "cpu":
-        return _measure(case, direction, device, dtype, seconds, compiles)
-    with torch.cuda.stream(timing.side_stream()):
+    with timing.measuring_stream(device):
         return _measure(case, direction, device, dtype, seconds, compiles)
 
 

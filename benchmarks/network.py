@@ -96,9 +96,7 @@ def _network(name: str) -> torch.nn.Module:
 
 def measure(case: NetworkCase, device: str, dtype: torch.dtype, seconds: float, compile_reason: str | None) -> dict:
     """The record's row of one network. `compile_reason` says why torch.compile is left out, or is None."""
-    if device == "cpu":
-        return _measure(case, device, dtype, seconds, compile_reason)
-    with torch.cuda.stream(timing.side_stream()):
+    with timing.measuring_stream(device):
         return _measure(case, device, dtype, seconds, compile_reason)
 
 

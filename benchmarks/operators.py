@@ -83,9 +83,7 @@ def measure(
 
     `skip` gives a reason to leave a candidate out, or None.
     """
-    if workload.device == "cpu":
-        return _measure(workload, direction, ceilings, seconds, candidates, skip)
-    with torch.cuda.stream(timing.side_stream()):
+    with timing.measuring_stream(workload.device):
         return _measure(workload, direction, ceilings, seconds, candidates, skip)
 
 

@@ -158,7 +158,7 @@ def main(arguments: list[str]) -> int:
     torch.backends.cudnn.benchmark = True
     timing.WARM_UP_SECONDS, timing.SAMPLE_SECONDS = 5e-3, 5e-4  # many tiles, of which only large differences matter
     rows = []
-    with torch.cuda.stream(timing.side_stream()):
+    with timing.measuring_stream("cuda"):
         for case in cases:
             for direction in parsed.directions:
                 if time.perf_counter() > end:

@@ -11,6 +11,7 @@ random: zeros draw less power and run too fast.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -96,6 +97,11 @@ def _timed(call, calls: int) -> float:
 def side_stream():
     """The stream everything is measured on, since graphs cannot be captured on the default stream."""
     return torch.cuda.Stream()
+
+
+def measuring_stream(device: str) -> contextlib.AbstractContextManager:
+    """What to measure in: on a GPU the side stream is the current one."""
+    return contextlib.nullcontext() if device == "cpu" else torch.cuda.stream(side_stream())
 
 
 class CaptureError(RuntimeError):

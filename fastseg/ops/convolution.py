@@ -24,7 +24,7 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
             if arguments is None:
                 return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
             geometry = geometry_of(arguments, weight)
-            gradient = records((input, weight, bias))
+            gradient = _records((input, weight, bias))
         choice, refusal = chosen(operator, input, backend, geometry, gradient)
     if choice is not None and choice.backend == "native":
         dispatch.count_native(operator, choice.reason)
@@ -59,7 +59,7 @@ def call_operator(overload, tensors, *args):
 
     The operators' autograd kernels are Python, and would find nothing to do.
     """
-    if records(tensors):
+    if _records(tensors):
         return overload(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*args)
@@ -75,7 +75,7 @@ def geometry_of(arguments: ConvArguments, weight: torch.Tensor) -> dispatch.Geom
     )  # fmt: skip
 
 
-def records(tensors) -> bool:
+def _records(tensors) -> bool:
     """Whether autograd, or somebody who traces it, looks at a call with these tensors; some may be None."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
         return True

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fastseg import dispatch
-from fastseg.ops.convolution import call_operator, chosen, records
+from fastseg.ops.convolution import call_operator, chosen
 from fastseg.ops.head import native, targets
 from fastseg.ops.head import op as _op  # noqa: F401  registers the operators
 from fastseg.ops.library import OVERLOADS
@@ -169,7 +169,7 @@ def upsample_cross_entropy(
     watched = logits.is_cuda and not torch.compiler.is_compiling()
     if watched:
         targets.raise_reported()
-    with_gradient = reduction != "none" and records((logits,)) and torch.is_grad_enabled() and logits.requires_grad
+    with_gradient = reduction != "none" and torch.is_grad_enabled() and logits.requires_grad
     loss, _, _, offender = call_operator(
         OVERLOADS["upsample_cross_entropy"][choice.backend], (logits,),
         logits, target, weight, ignore_index, float(label_smoothing), bool(align_corners), reduction, with_gradient,

@@ -241,7 +241,7 @@ def forward(input, size, scales, align_corners):
     """Bilinear resize of `input` [N, C, H, W] to [N, C, *size]; `scales` are the scale factors asked for, or None."""
     _check(input)
     with on_device(input):
-        output = _empty_resized(input, size)
+        output = empty_resized(input, size)
         if output.numel() == 0:
             return output
         x = coalesced(input, suggest_memory_format(output))
@@ -272,7 +272,7 @@ def backward(grad_output, input_size, scales, align_corners):
     """The gradient of `forward`'s input, of shape `input_size`, from `grad_output`, any strides."""
     _check(grad_output)
     with on_device(grad_output):
-        grad_input = _empty_resized(grad_output, input_size[2:])
+        grad_input = empty_resized(grad_output, input_size[2:])
         if grad_output.numel() == 0 or grad_input.numel() == 0:
             return grad_input.zero_()
         gy = coalesced(grad_output, suggest_memory_format(grad_input))
@@ -339,15 +339,6 @@ def argmax(logits, size, align_corners, dtype):
 def _check(tensor) -> None:
     if tensor.dim() != 4 or tensor.dtype not in DTYPES:
         fail("a 4-D tensor of float16, bfloat16 or float32", f"{tensor.dim()}-D of {tensor.dtype}")
-
-
-def _empty_resized(like, size):
-    """`empty_resized` without the copy that it makes of the uninitialised memory for channels_last."""
-    is_ambiguous = like.numel() == 0 or like.shape[1] == 1 or tuple(size) == (1, 1)
-    if is_ambiguous or suggest_memory_format(like) == torch.contiguous_format:
-        return empty_resized(like, size)
-    shape = (*like.shape[:2], *size)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _axes(input_size, size, scales, align_corners):
