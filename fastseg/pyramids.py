@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from fastseg.chains import _trace, undisturbed
+from fastseg.nn.aspp import PyramidModule
 from fastseg.nn.folding import activation_name, original_class, own_activation
 from fastseg.nn.fused_module import Fusion
 from fastseg.nn.pyramid import Link, Pyramid, Separable
@@ -40,11 +41,12 @@ def find_pyramids(model: torch.nn.Module) -> dict[torch.nn.Module, Fusion]:
     with undisturbed(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in model.modules():
-            if not _may_be(module):
-                continue
-            traces = _trace(module)
-            whole = _match(traces[0]) if traces is not None and len(traces) == 1 else None
-            if whole is not None and _agrees(whole, module):
+            if isinstance(module, PyramidModule):
+                # The others run as a whole by themselves.
+                whole = module.pyramid() if type(module).forward is PyramidModule.module_by_module else None
+            else:
+                whole = _traced(module) if _may_be(module) else None
+            if whole is not None:
                 watched = [
                     (parent, name, child) for parent in module.modules() for name, child in parent._modules.items()
                 ]
@@ -66,6 +68,12 @@ def _may_be(module: torch.nn.Module) -> bool:
     return 2 <= len(convolutions) <= 32 and any(
         channels == other and dilation != another for channels, dilation in dilated for other, another in dilated
     )
+
+
+def _traced(module: torch.nn.Module) -> Pyramid | Separable | None:
+    traces = _trace(module)
+    whole = _match(traces[0]) if traces is not None and len(traces) == 1 else None
+    return whole if whole is not None and _agrees(whole, module) else None
 
 
 def _match(tracer) -> Pyramid | Separable | None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from fastseg.nn.pyramid import Link, Pyramid, run_pyramid
+from fastseg.nn.pyramid import Link, Pyramid, norm_of_pooled, run_pyramid
 from fastseg.nn.separable import ACTIVATION_MODULES, SeparableConv2d, batch_norm
 from fastseg.ops.activation import check_activation
 
 
-class _Pyramid(torch.nn.Module):
-    """The module tree that both classes share: `convs` and `project`, named as torchvision names them."""
+class PyramidModule(torch.nn.Module):
+    """What both classes share: `convs` and `project`, named as torchvision names them."""
 
     def __init__(self, in_channels, out_channels, dilations, branch, *, pooling, norm, activation, dropout,
                  single_image, reduction, bias, backend):  # fmt: skip
@@ -46,22 +46,29 @@ class _Pyramid(torch.nn.Module):
             )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = None if torch.compiler.is_compiling() else run_pyramid(self._pyramid(), input, self.backend)
-        return self._plain(input) if y is None else y
+        y = None if torch.compiler.is_compiling() else run_pyramid(self.pyramid(), input, self.backend)
+        return self.module_by_module(input) if y is None else y
 
-    def _plain(self, input):
+    def module_by_module(self, input: torch.Tensor) -> torch.Tensor:
         """What run_pyramid computes, module by module, for calls that it leaves alone."""
         found = []
         for conv in self.convs:
-            y = conv(input)
-            if isinstance(conv[0], torch.nn.AdaptiveAvgPool2d):
-                y = y.expand(*y.shape[:-2], *input.shape[-2:])
-            found.append(y)
+            pooled = isinstance(conv[0], torch.nn.AdaptiveAvgPool2d)
+            found.append(self._pooled(conv, input) if pooled else conv(input))
         if self.reduction == "sum":
             return ACTIVATION_MODULES[self.activation].function(sum(found))
         return self.project(torch.cat(found, -3))
 
-    def _pyramid(self) -> Pyramid:
+    def _pooled(self, conv, input):
+        by_running_stats = self.single_image == "running_stats" and input.dim() == 4
+        y = input
+        for module in conv:
+            norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+            y = norm_of_pooled(module, y, by_running_stats) if norm else module(y)
+        return y.expand(*y.shape[:-2], *input.shape[-2:])
+
+    def pyramid(self) -> Pyramid:
+        """The parts, as they are now."""
         branches, pool = [], None
         for conv in self.convs:
             modules = [m for child in conv for m in (child if isinstance(child, SeparableConv2d) else [child])]
@@ -77,7 +84,7 @@ class _Pyramid(torch.nn.Module):
         )  # fmt: skip
 
 
-class ASPP(_Pyramid):
+class ASPP(PyramidModule):
     """Atrous spatial pyramid pooling, one operator call for all branches; see `fastseg.ops.aspp`.
 
     Args:
@@ -135,7 +142,7 @@ class ASPP(_Pyramid):
         )  # fmt: skip
 
 
-class SeparableASPP(_Pyramid):
+class SeparableASPP(PyramidModule):
     """`ASPP` with depthwise-separable branches; see `fastseg.ops.separable_aspp`.
 
     Args:

@@ -121,6 +121,7 @@ _ACCELERATED = {
 }
 # Modules, in both senses, whose forward calls `F.interpolate(..., mode="bilinear")`; whoever uses one has imported it.
 _KNOWN = (
+    ("fastseg.models.layers", "Resize"),
     ("torchvision.models.segmentation._utils", "_SimpleSegmentationModel"),
     ("torchvision.models.segmentation.lraspp", "LRASPP"),
     ("segmentation_models_pytorch.decoders.fpn.decoder", "Conv3x3GNReLU"),

@@ -261,14 +261,17 @@ def _pooled(pool: Link, input, by_running_stats: bool) -> torch.Tensor:
     """The pooled branch, one vector [N, K] an image."""
     z = torch.nn.functional.linear(input.mean((2, 3)), pool.conv.weight.flatten(1), pool.conv.bias)
     if pool.norm is not None:
-        norm = pool.norm
-        if by_running_stats and norm.training and input.shape[0] == 1 and norm.running_mean is not None:
-            z = torch.nn.functional.batch_norm(
-                z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
-            )
-        else:
-            z = norm(z[:, :, None, None]).flatten(1)
+        z = norm_of_pooled(pool.norm, z[:, :, None, None], by_running_stats).flatten(1)
     return apply_activation(z, pool.activation)
+
+
+def norm_of_pooled(norm: torch.nn.Module, z: torch.Tensor, by_running_stats: bool) -> torch.Tensor:
+    """`norm` of pooled images z [N, K, 1, 1]; of one image in training perhaps with the running statistics."""
+    if by_running_stats and norm.training and z.shape[0] == 1 and norm.running_mean is not None:
+        return torch.nn.functional.batch_norm(
+            z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+        )
+    return norm(z)
 
 
 def _needs_grad(conv: torch.nn.Conv2d) -> bool:
