@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastseg import extension
+from fastseg import extension, winners
 from fastseg.gpu_choice import kernel_on_gpu
 
 BACKENDS = ("auto", "native", "reference", "cpu", "triton", "cuda")
@@ -43,14 +43,23 @@ class Geometry(NamedTuple):
     channels_last: bool
 
 
+class Sizes(NamedTuple):
+    """The sizes of a call that is not one convolution: those of its input, and whatever else decides its time."""
+
+    input: tuple[int, ...]  # [N, C, H, W]
+    detail: tuple
+    channels_last: bool
+
+
 class Problem(NamedTuple):
     """What a backend is chosen from: one call of one operator."""
 
     operator: str  # of fastseg.ops.library.OVERLOADS, or "grouped_conv2d"
     device_type: str
     dtype: torch.dtype
-    geometry: Geometry | None = None  # None while tracing, where sizes may be symbols, and where any is meant
+    geometry: Geometry | Sizes | None = None  # None while tracing, where sizes may be symbols, and where any is meant
     gradient: bool = False  # whether a backward pass may follow; looked at with a geometry only
+    epilogue: str = "none"  # the activation behind a convolution, "norm+" and one where a norm is folded in
 
 
 # (operator, reason) -> number of calls that "auto" left to native.
@@ -97,6 +106,8 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# The kernels that are measured against native.
+_MEASURED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Operators without kernels of their own, and what the user is told.
 _NATIVE_ONLY = {
     "grouped_conv2d": "there are kernels for groups == 1 and groups == channels only",
@@ -169,9 +180,14 @@ def reason_not(backend: str, problem: Problem) -> str | None:
     return _REASONS[backend](problem)
 
 
-def _auto(problem: Problem) -> Choice:
+def _auto(problem: Problem, attempt: winners.Attempt | None) -> Choice:
     if problem.operator in _NATIVE_ONLY:
         return Choice("native", _NATIVE_ONLY[problem.operator])
+    if problem.geometry is not None and winners.consulted(problem.operator, problem.device_type):
+        kernels = [b for b in _MEASURED.get(problem.device_type, ()) if reason_not(b, problem) is None]
+        best = winners.winner(problem, ["native", *kernels], attempt)
+        if best is not None and (best.backend == "native" or best.backend in kernels):
+            return Choice(best.backend, best.reason())
     if problem.device_type == "cpu":
         reason = reason_not("cpu", problem)
         if reason is None and problem.operator == "dilated_conv2d":
@@ -187,7 +203,11 @@ def _auto(problem: Problem) -> Choice:
 
 def depends_on_geometry(operator: str, device_type: str) -> bool:
     """Whether "auto" looks at the sizes of such a call."""
-    return operator == "dilated_conv2d" or (operator == "depthwise_conv2d" and device_type == "cuda")
+    return (
+        operator == "dilated_conv2d"
+        or (operator == "depthwise_conv2d" and device_type == "cuda")
+        or winners.consulted(operator, device_type)
+    )
 
 
 def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
@@ -229,8 +249,8 @@ _sized_choices: dict[tuple[Problem, str], Choice] = {}
 _MOST_SIZED_CHOICES = 4096
 
 
-def choose(problem: Problem, requested: str | None = None) -> Choice:
-    """The backend that runs `problem`, with the reason.
+def choose(problem: Problem, requested: str | None = None, attempt: winners.Attempt | None = None) -> Choice:
+    """The backend that runs `problem`, with the reason; `attempt` makes the call, where "auto" may try who is fastest.
 
     Raises:
         ValueError: `requested` names no backend.
@@ -239,25 +259,31 @@ def choose(problem: Problem, requested: str | None = None) -> Choice:
     name = _requested if requested is None else _check_name(requested, "backend")
     key = (problem, name)
     if problem.geometry is not None:
-        return _choose_by_size(key)
+        return _choose_by_size(key, attempt)
     choice = _choices.get(key)
     if choice is None:
         choice = _choices[key] = _decide(problem, name)
     return choice
 
 
-def _choose_by_size(key: tuple[Problem, str]) -> Choice:
+def _choose_by_size(key: tuple[Problem, str], attempt: winners.Attempt | None) -> Choice:
     choice = _sized_choices.get(key)
     if choice is None:
         if len(_sized_choices) >= _MOST_SIZED_CHOICES:
             _sized_choices.clear()
-        choice = _sized_choices[key] = _decide(*key)
+        choice = _decide(*key, attempt)
+        if not winners.is_open(key[0]):
+            _sized_choices[key] = choice
     return choice
 
 
-def _decide(problem: Problem, name: str) -> Choice:
+def forget_sized_choices() -> None:
+    _sized_choices.clear()
+
+
+def _decide(problem: Problem, name: str, attempt: winners.Attempt | None = None) -> Choice:
     if name == "auto":
-        return _auto(problem)
+        return _auto(problem, attempt)
     reason = reason_not(name, problem)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run {problem.operator}: {reason}")

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+# Threads that spin while they wait for others make a test last a hundred times longer on a busy machine. OpenMP reads
+# this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 RUNG = os.environ.get("FASTSEG_RUNG", "cpu")
 # (backend, device) pairs of each rung.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -46,8 +47,9 @@ class PyramidModule(torch.nn.Module):
             )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = None if torch.compiler.is_compiling() else run_pyramid(self.pyramid(), input, self.backend)
-        return self.module_by_module(input) if y is None else y
+        apart = functools.partial(self.module_by_module, input)
+        y = None if torch.compiler.is_compiling() else run_pyramid(self.pyramid(), input, self.backend, apart)
+        return apart() if y is None else y
 
     def module_by_module(self, input: torch.Tensor) -> torch.Tensor:
         """What run_pyramid computes, module by module, for calls that it leaves alone."""

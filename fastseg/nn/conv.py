@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastseg import dispatch, extension, ops
+from fastseg import dispatch, extension, ops, winners
 from fastseg.nn import folding
+from fastseg.ops.activation import apply_activation
 from fastseg.ops.arguments import ConvArguments, normalise
 from fastseg.ops.batch_norm import batch_norm_activation_, fold_batch_norm, folded_conv2d, scale_and_shift
 from fastseg.ops.conv2d import operator_of
@@ -95,10 +96,13 @@ def to_memory_format(input: torch.Tensor, memory_format: torch.memory_format | N
 
 def folded_if_right(layer: torch.nn.Conv2d, chain: folding.Chain, input, backend: str | None) -> torch.Tensor | None:
     """`folded`, or None where it does not pay or is not right for this call."""
-    plan = _plan(layer, input, layer.weight, backend) if input.is_cuda else None
-    if not folding.pays(layer, input.shape, input.device.type, "native" if plan is None else plan[0].backend):
-        return None
     operands = folding.Operands.of(layer, chain.norm)
+    if input.is_cuda:
+        plan = _plan(layer, chain, input, operands, backend) if folding.may_fold(input, operands) else None
+        if not folding.pays(layer, input.shape, "cuda", "native" if plan is None else plan[0].backend):
+            return None
+    elif not folding.pays(layer, input.shape, input.device.type, "native"):
+        return None
     return folded(layer, chain, input, operands, backend) if folding.may_fold(input, operands) else None
 
 
@@ -110,7 +114,7 @@ def folded(
     scales = folding.scales_weight(layer, weight, input.shape, input.device.type)
     plan = None
     if input.dtype == weight.dtype and not _autocasts(input.device.type):
-        plan = _plan(layer, input, weight, backend)
+        plan = _plan(layer, chain, input, operands, backend)
     if plan is not None:
         choice, arguments = plan
         if input.is_cpu and choice.backend in ("cpu", "native"):
@@ -138,19 +142,44 @@ def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _plan(layer: torch.nn.Conv2d, input, weight, backend) -> tuple[dispatch.Choice, ConvArguments | None] | None:
-    """What runs `layer` on `input`, and of a dense convolution its arguments in normal form.
+def _apart(layer: torch.nn.Conv2d, chain: folding.Chain, input, operands: folding.Operands) -> torch.Tensor:
+    """What the chain's modules compute, one after the other."""
+    y = convolve(layer, input, operands.weight, operands.bias, "none", "native")
+    _, mean, variance, gamma, beta = operands.statistics
+    return apply_activation(
+        F.batch_norm(y, mean, variance, gamma, beta, False, 0.0, chain.norm.eps), chain.activation_name
+    )
+
+
+def norm_epilogue(chain: folding.Chain) -> str:
+    """What dispatch calls the epilogue of a convolution that the chain is folded into."""
+    return f"norm+{chain.activation_name}"
+
+
+def _plan(
+    layer: torch.nn.Conv2d, chain: folding.Chain, input, operands: folding.Operands, backend: str | None
+) -> tuple[dispatch.Choice, ConvArguments | None] | None:
+    """What runs `layer` and its chain on `input`, and of a dense convolution its arguments in normal form.
 
     None where the layer or the build leaves no choice, or where the mistake in a call is PyTorch's to tell.
     """
     if extension.EXTENSION is None or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    operator, device_type = operator_of(input.shape[1], layer.groups), input.device.type
-    arguments = geometry = None
-    if operator == "dilated_conv2d":
+    operator, device_type, weight = operator_of(input.shape[1], layer.groups), input.device.type, operands.weight
+    arguments = geometry = attempt = None
+    sized = dispatch.depends_on_geometry(operator, device_type)
+    if sized or operator == "dilated_conv2d":
         arguments = normalise(input, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         if arguments is None:
             return None
-        if dispatch.depends_on_geometry(operator, device_type):
-            geometry = geometry_of(arguments, weight)
-    return dispatch.choose(dispatch.Problem(operator, device_type, input.dtype, geometry), backend), arguments
+    if sized:
+        geometry = geometry_of(arguments, weight)
+
+        def run(name):
+            if name == "native" and input.is_cuda:
+                return _apart(layer, chain, input, operands)
+            return folded(layer, chain, input, operands, name)
+
+        attempt = winners.Attempt(run)
+    problem = dispatch.Problem(operator, device_type, input.dtype, geometry, epilogue=norm_epilogue(chain))
+    return dispatch.choose(problem, backend, attempt), arguments if operator == "dilated_conv2d" else None

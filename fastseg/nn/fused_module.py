@@ -43,17 +43,17 @@ class FusedModule:
 
     def forward(self, *args, **kwargs):
         plain = torch.compiler.is_compiling() or len(args) != 1 or kwargs
-        y = None if plain else self._fused(*args)
+        y = None if plain else self._fused(*args, super().forward)
         return super().forward(*args, **kwargs) if y is None else y
 
-    def _fused(self, input):
+    def _fused(self, input, forward):
         settings = self._fastseg
         if settings is None or not isinstance(input, torch.Tensor) or under_transform() or torch.jit.is_tracing():
             return None
         if settings.fusion.reason_not() is not None:
             return None
         input = to_memory_format(input, settings.memory_format)
-        return settings.fusion.whole.run(input, settings.backend)
+        return settings.fusion.whole.run(input, settings.backend, lambda: forward(input))
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)

@@ -9,17 +9,18 @@ frozen among others that are not, runs through the norm's own module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 
-from fastseg import dispatch
+from fastseg import dispatch, winners
 from fastseg.nn import folding
 from fastseg.nn.joint_norm import joint_norm, takes_together
 from fastseg.ops.activation import apply_activation
 from fastseg.ops.batch_norm import scale_and_shift
-from fastseg.ops.convolution import call_operator, chosen
+from fastseg.ops.convolution import call_operator, chosen, records, sized
 from fastseg.ops.geometry import POINTWISE
 from fastseg.ops.library import OVERLOADS
 
@@ -77,9 +78,9 @@ class Pyramid(NamedTuple):
     dropout: torch.nn.Module | None
     pool_by_running_stats: bool = False  # for a batch of one in training
 
-    def run(self, input, backend: str | None) -> torch.Tensor | None:
-        """The result, or None where the modules have to run one by one."""
-        return run_pyramid(self, input, backend)
+    def run(self, input, backend: str | None, apart: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """The result, or None where the modules have to run one by one, as `apart` does."""
+        return run_pyramid(self, input, backend, apart)
 
     def describe(self) -> str:
         kind = "separable ASPP" if any(len(branch) == 2 for branch in self.branches) else "ASPP"
@@ -95,17 +96,18 @@ class Separable(NamedTuple):
     second: Link
     adds_input: bool
 
-    def run(self, input, backend: str | None) -> torch.Tensor | None:
-        """The result, or None where the modules have to run one by one."""
-        y = run_separable(self.first, self.second, input, backend)
-        return y + input if y is not None and self.adds_input else y
+    def run(self, input, backend: str | None, apart: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """The result, or None where the modules have to run one by one, as `apart` does."""
+        return run_separable(self.first, self.second, input, backend, apart, self.adds_input)
 
     def describe(self) -> str:
         return "separable convolution"
 
 
-def run_separable(first: Link, second: Link, input, backend: str | None) -> torch.Tensor | None:
-    """second(first(input)) in one operator, or None where the modules have to run one by one."""
+def run_separable(
+    first: Link, second: Link, input, backend: str | None, apart: Callable[[], torch.Tensor], adds_input: bool = False
+) -> torch.Tensor | None:
+    """second(first(input)), and perhaps the input added, or None where the modules run one by one, as `apart` does."""
     if _looked_at((first, second)) or not isinstance(input, torch.Tensor) or input.dim() != 4:
         return None
     dense = first.conv
@@ -115,9 +117,16 @@ def run_separable(first: Link, second: Link, input, backend: str | None) -> torc
     if not folds and first.norm is not None:
         return None  # its statistics are those of the whole batch
     channels, outputs = second.conv.in_channels, second.conv.out_channels
-    if not folds and input.is_cpu and dispatch.pointwise_trains_on_native(channels, outputs) and backend is None:
+    detail = (_sizes(first), _sizes(second), adds_input)
+
+    def whole(name, apart):
+        return run_separable(first, second, input, name, apart, adds_input)
+
+    given = _attempted("separable_conv2d", (first, second), folds, input, detail, whole, apart)
+    unmeasured = given[0] is None and not folds and input.is_cpu and backend is None
+    if unmeasured and dispatch.pointwise_trains_on_native(channels, outputs):
         return None
-    choice, refusal = chosen("separable_conv2d", input, backend)
+    choice, refusal = chosen("separable_conv2d", input, backend, *given)
     if refusal is not None:
         raise refusal
     if choice.backend == "native":
@@ -136,11 +145,13 @@ def run_separable(first: Link, second: Link, input, backend: str | None) -> torc
         OVERLOADS["separable_conv2d"][choice.backend], (input, *weights, *shifts),
         input, *weights, *shifts, *geometry, first.activation, last, *scales,
     )  # fmt: skip
-    return y if folds or second.norm is None else apply_activation(second.norm(y), second.activation)
+    if not folds and second.norm is not None:
+        y = apply_activation(second.norm(y), second.activation)
+    return y + input if adds_input else y
 
 
-def run_pyramid(pyramid: Pyramid, input, backend: str | None) -> torch.Tensor | None:
-    """The pyramid's result, or None where its modules have to run one by one."""
+def run_pyramid(pyramid: Pyramid, input, backend: str | None, apart: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """The pyramid's result, or None where its modules have to run one by one, as `apart` does."""
     links = [link for branch in pyramid.branches for link in branch]
     ends = [link for link in (pyramid.pool, pyramid.project) if link is not None]
     if not isinstance(input, torch.Tensor) or input.dim() != 4 or input.numel() == 0:
@@ -150,18 +161,42 @@ def run_pyramid(pyramid: Pyramid, input, backend: str | None) -> torch.Tensor | 
     operator = _operator(pyramid)
     if operator is None:
         return None
-    choice, refusal = chosen(operator, input, backend)
+    folds = all(link.folds(input) for link in links)
+    if not folds and any(branch[0].norm is not None for branch in pyramid.branches if len(branch) == 2):
+        return None  # a norm in the middle of a branch needs the statistics of the whole batch
+    detail = (*map(_sizes, (*links, *ends)), pyramid.reduction)
+    whole = functools.partial(run_pyramid, pyramid, input)
+    given = _attempted(operator, (*links, *ends), folds, input, detail, whole, apart)
+    choice, refusal = chosen(operator, input, backend, *given)
     if refusal is not None:
         raise refusal
     if choice.backend == "native":
         return None
-    folds = all(link.folds(input) for link in links)
-    if not folds and any(branch[0].norm is not None for branch in pyramid.branches if len(branch) == 2):
-        return None  # a norm in the middle of a branch needs the statistics of the whole batch
     y = _branches(pyramid, operator, input, choice.backend, folds)
     if pyramid.project is not None:
         y = _project(pyramid, y, input, choice.backend)
     return y if pyramid.dropout is None else pyramid.dropout(y)
+
+
+def _sizes(link: Link) -> tuple:
+    conv = link.conv
+    return (*conv.weight.shape, conv.stride, conv.padding, conv.dilation)
+
+
+def _attempted(operator, links, folds: bool, input, detail, whole: Callable, apart: Callable):
+    """The arguments of `chosen` behind the backend: sizes, gradient, epilogue and the call itself."""
+    sizes = sized(operator, input, detail)
+    if sizes is None:
+        return (None,)
+    gradient = records((input, *(link.conv.weight for link in links)))
+
+    def run(name):
+        return apart() if name == "native" else whole(name, apart)
+
+    tensors = (input, *(tensor for link in links for tensor in (link.conv.weight, link.conv.bias)))
+    repeatable = not any(link.norm is not None and link.norm.training for link in links)
+    epilogue = "norm" if folds and any(link.norm is not None for link in links) else "none"
+    return sizes, gradient, epilogue, winners.Attempt(run, tensors, repeatable)
 
 
 def _operator(pyramid: Pyramid) -> str | None:

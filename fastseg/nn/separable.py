@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from fastseg.nn.pyramid import Link, run_separable
@@ -82,5 +84,8 @@ class SeparableConv2d(torch.nn.Sequential):
         self.backend = backend
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = None if torch.compiler.is_compiling() else run_separable(*Link.chain(self), input, self.backend)
-        return super().forward(input) if y is None else y
+        apart = functools.partial(super().forward, input)
+        if torch.compiler.is_compiling():
+            return apart()
+        y = run_separable(*Link.chain(self), input, self.backend, apart)
+        return apart() if y is None else y

@@ -112,7 +112,7 @@ def _separable(step: SeparableStep, input: torch.Tensor) -> torch.Tensor | None:
         return None
     settings = step.first.modules[0]._fastseg
     input = to_memory_format(input, settings.memory_format)
-    return run_separable(*step.links, input, settings.backend)
+    return run_separable(*step.links, input, settings.backend, lambda: step.second.run(step.first.run(input)))
 
 
 def is_plain_sequential(module: torch.nn.Module) -> bool:

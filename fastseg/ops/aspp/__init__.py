@@ -10,7 +10,7 @@ from fastseg import dispatch
 from fastseg.ops import dilated  # noqa: F401  the operators of projection and gradient
 from fastseg.ops.activation import apply_activation, check_activation
 from fastseg.ops.aspp import op as _op  # noqa: F401  registers the operators
-from fastseg.ops.convolution import call_operator, chosen
+from fastseg.ops.convolution import call_operator, chosen_by_size
 from fastseg.ops.geometry import POINTWISE, same_padding
 from fastseg.ops.library import OVERLOADS
 from fastseg.ops.native import native_conv2d
@@ -81,9 +81,15 @@ def aspp(
     biases = [None] * len(weights) if biases is None else biases
     check_branches(input, weights, biases, dilations, reduction)
     x = input if input.dim() == 4 else input.unsqueeze(0)
-    choice, refusal = chosen("aspp_branches", x, backend)
-    if refusal is not None:
-        raise refusal
+
+    def run(name):
+        return aspp(
+            x, weights, biases, dilations, pool_weight, pool_bias, project_weight, project_bias,
+            activation=activation, reduction=reduction, pooling=pooling, backend=name,
+        )  # fmt: skip
+
+    sizes = (*(tuple(w.shape) for w in weights), *dilations, reduction, project_weight is None)
+    choice = chosen_by_size("aspp_branches", x, backend, sizes, (x, *weights), run)
     if choice.backend == "native":
         dispatch.count_native("aspp_branches", choice.reason)
         y = _native_branches(x, weights, biases, dilations, activation, reduction)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fastseg import dispatch
-from fastseg.ops.convolution import call_operator, chosen
+from fastseg.ops.convolution import call_operator, chosen_by_size
 from fastseg.ops.head import native, targets
 from fastseg.ops.head import op as _op  # noqa: F401  registers the operators
 from fastseg.ops.library import OVERLOADS
@@ -56,7 +56,10 @@ def upsample_bilinear2d(
     outputs = _output_size(input, size, scale_factor)
     if outputs is None or not isinstance(align_corners, (bool, type(None))):
         return native.upsample_bilinear2d(input, size, scale_factor, align_corners)
-    choice = _choose("upsample_bilinear2d", input, backend)
+    choice = _choose(
+        "upsample_bilinear2d", input, backend, (*outputs, str(scale_factor), bool(align_corners)), (input,),
+        lambda name: upsample_bilinear2d(input, size, scale_factor, align_corners, backend=name),
+    )  # fmt: skip
     if choice.backend == "native":
         return native.upsample_bilinear2d(input, size, scale_factor, align_corners)
     scales = None if scale_factor is None else _pair(scale_factor)
@@ -106,7 +109,10 @@ def upsample_argmax(
         return native.argmax(logits, size, align_corners, dtype)
     if dtype == torch.uint8 and logits.shape[1] > 256:
         raise ValueError(f"expected at most 256 classes for labels in torch.uint8, but got {logits.shape[1]}")
-    choice = _choose("upsample_argmax", logits, backend)
+    choice = _choose(
+        "upsample_argmax", logits, backend, (*outputs, bool(align_corners)), (),
+        lambda name: upsample_argmax(logits, size, align_corners=align_corners, dtype=dtype, backend=name),
+    )  # fmt: skip
     if choice.backend == "native":
         return native.argmax(logits, size, align_corners, dtype)
     overload = OVERLOADS["upsample_argmax"][choice.backend]
@@ -163,7 +169,13 @@ def upsample_cross_entropy(
     options = (weight, ignore_index, reduction, label_smoothing, align_corners)
     if not _is_plain_loss(logits, target, *options):
         return native.cross_entropy(logits, target, *options)
-    choice = _choose("upsample_cross_entropy", logits, backend)
+    choice = _choose(
+        "upsample_cross_entropy", logits, backend, (*target.shape[1:], reduction, bool(align_corners)),
+        (logits,),
+        lambda name: upsample_cross_entropy(
+            logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners, backend=name
+        ),
+    )  # fmt: skip
     if choice.backend == "native":
         return native.cross_entropy(logits, target, *options)
     watched = logits.is_cuda and not torch.compiler.is_compiling()
@@ -179,10 +191,8 @@ def upsample_cross_entropy(
     return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
 
 
-def _choose(operator: str, input: torch.Tensor, backend: str | None) -> dispatch.Choice:
-    choice, refusal = chosen(operator, input, backend)
-    if refusal is not None:
-        raise refusal
+def _choose(operator, input, backend, detail: tuple, tensors: tuple, run) -> dispatch.Choice:
+    choice = chosen_by_size(operator, input, backend, detail, tensors, run, input.dtype)
     if choice.backend == "native":
         dispatch.count_native(operator, choice.reason)
     return choice

@@ -8,7 +8,7 @@ from fastseg import dispatch
 from fastseg.ops import depthwise, dilated  # noqa: F401  the operators of the gradient
 from fastseg.ops.activation import check_activation
 from fastseg.ops.arguments import normalise
-from fastseg.ops.convolution import call_operator, chosen
+from fastseg.ops.convolution import call_operator, chosen_by_size
 from fastseg.ops.library import OVERLOADS
 from fastseg.ops.native import native_conv2d
 from fastseg.ops.separable import op as _op  # noqa: F401  registers the operator
@@ -63,16 +63,22 @@ def separable_conv2d(
     """
     check_activation(depthwise_activation)
     check_activation(activation)
-    groups = choice = refusal = None
+    groups = None
     if isinstance(input, torch.Tensor):
         groups = input.shape[-3] if input.dim() >= 3 else 1
-        choice, refusal = chosen("separable_conv2d", input, backend)
     tensors = (input, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     arguments = normalise(input, depthwise_weight, depthwise_bias, stride, padding, dilation, groups)
     if arguments is None or not _follows(pointwise_weight, pointwise_bias, depthwise_weight):
         return _native(*tensors, stride, padding, dilation, groups, depthwise_activation, activation)
-    if refusal is not None:
-        raise refusal
+
+    def run(name):
+        return separable_conv2d(
+            *tensors, stride, padding, dilation, depthwise_activation=depthwise_activation, activation=activation,
+            backend=name,
+        )  # fmt: skip
+
+    sizes = (*depthwise_weight.shape, *pointwise_weight.shape[:1], arguments.stride, arguments.dilation)
+    choice = chosen_by_size("separable_conv2d", arguments.input, backend, sizes, tensors, run)
     if choice.backend == "native":
         dispatch.count_native("separable_conv2d", choice.reason)
         return _native(*tensors, stride, padding, dilation, groups, depthwise_activation, activation)

@@ -9,7 +9,7 @@ import torch
 from fastseg import dispatch
 from fastseg.ops.activation import check_activation
 from fastseg.ops.aspp import aspp, check_alike, check_branches, check_vector, join_biases, project
-from fastseg.ops.convolution import call_operator, chosen
+from fastseg.ops.convolution import call_operator, chosen_by_size
 from fastseg.ops.geometry import same_padding
 from fastseg.ops.library import OVERLOADS
 from fastseg.ops.native import native_conv2d
@@ -72,9 +72,16 @@ def separable_aspp(
             activation=activation, pooling=pooling, backend=backend,
         )  # fmt: skip
     x = input if input.dim() == 4 else input.unsqueeze(0)
-    choice, refusal = chosen("separable_aspp_branches", x, backend)
-    if refusal is not None:
-        raise refusal
+
+    def run(name):
+        return separable_aspp(
+            x, depthwise_weights, pointwise_weights, depthwise_biases, pointwise_biases, dilations, pool_weight,
+            pool_bias, project_weight, project_bias, depthwise_activation=depthwise_activation, activation=activation,
+            pooling=pooling, backend=name,
+        )  # fmt: skip
+
+    sizes = (*(tuple(w.shape) for w in pointwise_weights), *dilations, plain, project_weight is None)
+    choice = chosen_by_size("separable_aspp_branches", x, backend, sizes, (x, *pointwise_weights), run)
     if choice.backend == "native":
         dispatch.count_native("separable_aspp_branches", choice.reason)
         y = _native_branches(
