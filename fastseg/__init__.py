@@ -5,6 +5,7 @@ from fastseg.accelerate import accelerate, accelerated, restore
 from fastseg.dispatch import BackendError, backend
 from fastseg.explain import explain
 from fastseg.info import info
+from fastseg.tune import tune
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,5 @@ __all__ = [
     "nn",
     "ops",
     "restore",
+    "tune",
 ]

@@ -41,8 +41,8 @@ class Tuned:
 def tune(model: torch.nn.Module, example, *, training: bool = False) -> Tuned:
     """Run `model` on `example`, measure each distinct call of a fastseg operator, and remember the fastest backend.
 
-    Every backend that can run a call is timed beside native, in turns; a kernel wins only where it is faster than native
-    beyond doubt. From then on "auto" takes the winner for calls of these very sizes on this device, in this and later
+    Every backend that can run a call is timed beside native, in turns; a kernel wins only where it is faster than
+    native beyond doubt. From then on "auto" takes the winner for calls of these very sizes on this device, in this and later
     processes, until fastseg, its kernels or torch change. Calls that were measured before are measured again.
 
     Args:

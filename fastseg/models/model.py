@@ -67,7 +67,7 @@ class SegmentationModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        """The labels [N, H, W] of images [N, C, H, W], in eval mode whatever the mode is; uint8 is the smallest dtype."""
+        """The labels [N, H, W] of images [N, C, H, W], in eval mode whatever the mode is, as int64 or uint8."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
