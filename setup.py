@@ -6,6 +6,7 @@ Environment:
     MAX_JOBS                parallel compilers; default: by cores and free memory
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -86,6 +87,7 @@ def extension_or_reason():
         return None, None, {**record, "extension_left_out": reason}
     version = subprocess.run([compiler.split()[0], "--version"], capture_output=True, text=True, check=False).stdout
     record["compiler"] = version.splitlines()[0] if version else compiler
+    record["kernels"] = digest_of_sources()
 
     toolkit, reason = cuda_or_reason()
     if toolkit is not None:
@@ -117,6 +119,15 @@ def extension_or_reason():
     options["library_dirs"] = [str(folder) for folder in library_dirs(toolkit)]
     options["extra_compile_args"]["nvcc"] = ["-O3", "-lineinfo", *architectures]
     return cpp_extension.BuildExtension, cpp_extension.CUDAExtension("fastseg._C", sources, **options), record
+
+
+def digest_of_sources():
+    """What the kernels are made from: what tuning has measured holds for these alone. csrc/host is for tests."""
+    digest = hashlib.sha256()
+    sources = [p for p in ROOT.glob("csrc/**/*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
+    for path in sorted(p for p in sources if ROOT / "csrc" / "host" not in p.parents):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def library_dirs(toolkit):

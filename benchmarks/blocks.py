@@ -1,30 +1,29 @@
 """Whole blocks of DeepLab, as modules: separable convolutions with their norms, ASPP, separable ASPP.
 
-Native is the module as users have it, eager in both layouts and torch.compile in channels_last; fastseg is the same
-module accelerated. "inference" is eval mode without gradients, "training" a forward and a backward pass with batch
-statistics. The gate: result and input's gradient are at most TIMES further from float64 than native's own.
+"inference" is eval mode without gradients, "training" a forward and a backward pass with batch statistics. The gate:
+result and input's gradient are at most modules.TIMES further from float64 than native's own.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-import fastseg
-from benchmarks import memory, timing
+from benchmarks.modules import ModuleWorkload, close_to_exact, without_dropout
+from fastseg.models.layers import ASPP
 
-TIMES = 3
 DIRECTIONS = ("inference", "training")
-LAST = {"memory_format": torch.channels_last}
 
 
 @dataclass(frozen=True)
 class BlockCase:
-    """`build()` makes the module; its input is [batch, channels, size, size]."""
+    """`build()` makes the module; its input is [batch, channels, size, size].
+
+    `table` is what the field calls it. A case whose `devices` leave the CPU out repeats another one there.
+    """
 
     id: str
     layer: str
@@ -33,11 +32,13 @@ class BlockCase:
     size: int
     batch_gpu: int = 16
     quick: bool = True
+    table: str = ""
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def batch(self, device: str, direction: str) -> int:
-        if device != "cpu":
-            return self.batch_gpu
-        return 1 if direction == "inference" else 2  # batch norm needs two images where one is pooled
+        if direction == "training":
+            return max(2, self.batch_gpu if device != "cpu" else 1)  # batch norm needs two images where one is pooled
+        return 1 if device == "cpu" else self.batch_gpu
 
 
 def _separable(channels: int, outputs: int) -> nn.Module:
@@ -51,135 +52,122 @@ def _separable(channels: int, outputs: int) -> nn.Module:
     )
 
 
-def _torchvision_aspp(rates: tuple[int, ...]) -> nn.Module:
-    from torchvision.models.segmentation.deeplabv3 import ASPP
+def _torchvision_aspp(rates: tuple[int, ...], channels: int = 2048) -> nn.Module:
+    from torchvision.models.segmentation import deeplabv3
 
-    return _without_dropout(ASPP(2048, list(rates), 256))
+    return without_dropout(deeplabv3.ASPP(channels, list(rates), 256))
 
 
 def _separable_aspp() -> nn.Module:
-    from segmentation_models_pytorch.decoders.deeplabv3.decoder import ASPP
+    from segmentation_models_pytorch.decoders.deeplabv3 import decoder
 
-    return _without_dropout(ASPP(2048, 256, [6, 12, 18], separable=True, dropout=0.0))
-
-
-def _without_dropout(module: nn.Module) -> nn.Module:
-    """Its draws would differ from one candidate to the next."""
-    for child in module.modules():
-        if isinstance(child, nn.Dropout):
-            child.p = 0.0
-    return module
+    return without_dropout(decoder.ASPP(2048, 256, [6, 12, 18], separable=True, dropout=0.0))
 
 
+def _summed_aspp() -> nn.Module:
+    options = {"pointwise": False, "pooling": None, "norm": None, "activation": "none", "reduction": "sum"}
+    return ASPP(2048, 21, (6, 12, 18, 24), **options)
+
+
+def _double(channels: int) -> nn.Module:
+    """U-Net's pair of convolutions, padded."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+    )
+
+
+def _decoder(separable: bool) -> nn.Module:
+    """DeepLab v3+'s two convolutions behind the join."""
+    if separable:
+        return nn.Sequential(*_separable(304, 256), *_separable(256, 256))
+    return nn.Sequential(
+        *(nn.Conv2d(304, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU()),
+        *(nn.Conv2d(256, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU()),
+    )
+
+
+_GPU = ("cuda",)
+_OS16, _OS8 = (6, 12, 18), (12, 24, 36)
 BLOCKS = (
     BlockCase("separable-64-128", "Xception entry flow", lambda: _separable(64, 128), 64, 129),
     BlockCase("separable-32-64", "MobileNet, second block", lambda: _separable(32, 64), 32, 257),
-    BlockCase("separable-728", "Xception middle flow", lambda: _separable(728, 728), 728, 33),
-    BlockCase("aspp-os16", "torchvision's ASPP, 6/12/18", lambda: _torchvision_aspp((6, 12, 18)), 2048, 33),
-    BlockCase("separable-aspp", "segmentation_models_pytorch's separable ASPP", _separable_aspp, 2048, 33),
-    BlockCase("aspp-os8", "torchvision's ASPP, 12/24/36", lambda: _torchvision_aspp((12, 24, 36)), 2048, 65, 8),
-)
+    BlockCase(
+        "separable-728", "Xception middle flow", lambda: _separable(728, 728), 728, 33, table="xception-middle"
+    ),
+    BlockCase("aspp-os16", "torchvision's ASPP, 6/12/18", lambda: _torchvision_aspp(_OS16), 2048, 33,
+              table="aspp-r101-os16"),
+    BlockCase("separable-aspp", "segmentation_models_pytorch's separable ASPP", _separable_aspp, 2048, 33,
+              table="sep-aspp"),
+    BlockCase("aspp-os8", "torchvision's ASPP, 12/24/36", lambda: _torchvision_aspp(_OS8), 2048, 65, 8,
+              table="aspp-tv-os8"),
+    BlockCase("aspp-mnv3-block", "torchvision's MobileNetV3 ASPP, 12/24/36", lambda: _torchvision_aspp(_OS8, 960), 960,
+              33, table="aspp-mnv3"),
+    BlockCase("aspp-v2-block", "DeepLab v2's summed ASPP, 6/12/18/24", _summed_aspp, 2048, 41, 10, table="aspp-v2"),
+    BlockCase("aspp-os16-n1", "torchvision's ASPP, one image", lambda: _torchvision_aspp(_OS16), 2048, 33, 1,
+              table="aspp-r101-os16-n1", devices=_GPU),
+    BlockCase("decoder-separable", "DeepLab v3+ decoder, separable", lambda: _decoder(True), 304, 129, 8, quick=False,
+              table="decoder"),
+    BlockCase("decoder-dense-block", "DeepLab v3+ decoder, dense", lambda: _decoder(False), 304, 129, 8, quick=False,
+              table="decoder"),
+    BlockCase("unet-encoder-block", "U-Net, first level", lambda: _double(64), 64, 512, 8, quick=False,
+              table="unet-top"),
+    BlockCase("unet-decoder-block", "U-Net, last level", lambda: _double(128), 128, 512, 8, quick=False,
+              table="unet-top"),
+)  # fmt: skip
 
 
-def measure(case: BlockCase, direction: str, device: str, dtype: torch.dtype, seconds: float, compiles: bool) -> dict:
-    """The record's row of one block."""
-    with timing.measuring_stream(device):
-        return _measure(case, direction, device, dtype, seconds, compiles)
+class BlockWorkload(ModuleWorkload):
+    """A block, and random inputs of its size."""
 
+    case: BlockCase
 
-def _measure(case, direction, device, dtype, seconds, compiles):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = case.build().to(device, dtype).train(direction == "training")
-        batch = case.batch(device, direction)
-        x = torch.randn(batch, case.channels, case.size, case.size).to(device, dtype)
-    row = {
-        "id": f"{case.id}/{direction}/{str(dtype).removeprefix('torch.')}",
-        "case": case.id,
-        "layer": case.layer,
-        "direction": direction,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "shape": list(x.shape),
-        "candidates": [],
-    }
-    exact = _call(copy.deepcopy(module).double(), x.double(), direction)()
-    last, x_last = copy.deepcopy(module).to(**LAST), x.contiguous(**LAST)
-    accelerated = fastseg.accelerate(copy.deepcopy(module))
-    candidates = [
-        ("native NCHW", "native", module, x),
-        ("native channels_last", "native", last, x_last),
-        ("torch.compile", "compile", torch.compile(copy.deepcopy(last), dynamic=False) if compiles else None, x_last),
-        ("fastseg", "fastseg", accelerated, x_last),
-        ("fastseg NCHW", "fastseg", accelerated, x),
-    ]
-    if device == "cuda":  # each kernel by its name, whatever "auto" chooses
-        for backend in ("triton", "cuda"):
-            named = fastseg.accelerate(copy.deepcopy(module), backend=backend)
-            candidates.append((f"fastseg {backend}", "fastseg", named, x_last))
-    calls, results = {}, {}
-    for name, role, candidate, given in candidates:
-        entry = {"name": name, "role": role, "skipped": None}
-        row["candidates"].append(entry)
-        if candidate is None:
-            entry["skipped"] = "compiling takes too long for the quick run"
-            continue
-        try:
-            call = _call(candidate, given, direction)
-            results[name] = call()
-        except fastseg.BackendError as error:
-            entry["skipped"] = str(error)
-            continue
-        natives = [results[n] for n in ("native NCHW", "native channels_last") if n in results]
-        entry["gate"] = _agreement(results[name], natives, exact, role)
-        if entry["gate"]["green"]:
-            calls[name] = [call]
-            entry["peak_bytes"] = memory.peak_bytes(call, device)
-    samplers, row["timed"] = timing.samplers_for(calls, device)
-    timing.add_speeds(
-        row["candidates"],
-        timing.interleave(samplers, seconds),
-        ("native NCHW", "native channels_last", "torch.compile"),
-    )
-    return row
+    def build(self, direction: str) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = self.case.build()
+        return module.to(self.device, self.dtype).train(direction == "training")
 
+    def inputs(self, direction: str) -> torch.Tensor:
+        if direction not in self._inputs:
+            case = self.case
+            shape = (case.batch(self.device, direction), case.channels, case.size, case.size)
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            self._inputs[direction] = x.to(self.device, self.dtype)
+        return self._inputs[direction]
 
-def _call(module, x, direction) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """A function that runs the block once: its output, and in training the input's gradient."""
-    if direction == "inference":
+    def call(self, module: nn.Module, x: torch.Tensor, direction: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Gives the output, and in training the input's gradient."""
+        if direction == "inference":
 
-        def infer():
-            with torch.no_grad():
-                return (module(x),)
+            def infer():
+                with torch.no_grad():
+                    return (module(x),)
 
-        return infer
-    parameters = list(module.parameters())
-    with torch.no_grad():
-        y = copy.deepcopy(module)(x)
-    generator = torch.Generator(x.device).manual_seed(1)
-    grad_y = torch.randn(y.shape, generator=generator, device=x.device).to(y)
-    grad_y = torch.empty_like(y).copy_(grad_y)  # in the output's memory format
+            return infer
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        upstream: list[torch.Tensor] = []
 
-    def train():
-        given = x.detach().requires_grad_()
-        y = module(given)
-        grads = torch.autograd.grad(y, (given, *parameters), grad_y)
-        return y.detach(), grads[0]
+        def train():
+            given = x.detach().requires_grad_()
+            y = module(given)
+            if not upstream:
+                random = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+                upstream.append(torch.empty_like(y).copy_(random))  # in the output's memory format
+            grads = torch.autograd.grad(y, (given, *parameters), upstream[0])
+            return y.detach(), grads[0]
 
-    return train
+        return train
 
+    def gate(self, results, direction: str, role: str, natives: Sequence) -> dict:
+        return close_to_exact(("output", "grad of the input"), results, self.exact(direction), natives, role)
 
-def _agreement(results, natives, exact, role: str) -> dict:
-    """The gate, on root mean square errors: near zero a ReLU's gradient is a matter of rounding."""
-    errors, message = [], ""
-    for name, value, wanted, *theirs in zip(("output", "grad of the input"), results, exact, *natives, strict=False):
-        error, *native = (_error(tensor, wanted) for tensor in (value, *theirs))
-        errors.append(error)
-        allowed = max(TIMES * max(native), 1e-6) if role == "fastseg" else 2.0**-5
-        if not error <= allowed:
-            message = message or f"{name}: the error is {error:.3g} of the values, {allowed:.3g} is allowed"
-    return {"green": not message, "message": message, "error": max(errors)}
-
-
-def _error(value: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((value.double() - wanted).norm() / wanted.norm())
+    def describe(self, direction: str) -> dict:
+        return {
+            "case": self.case.id,
+            "layer": self.case.layer,
+            "shape": list(self.inputs(direction).shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+            "live_share": self.live_share(direction),
+        }

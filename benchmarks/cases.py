@@ -18,7 +18,8 @@ QUICK_DIRECTIONS = ("forward", "backward")
 class ConvCase:
     """One depthwise convolution, or with `outputs` a dense one, with "same"-sized padding.
 
-    Sizes are (height, width), in pixels. `quick` says whether the quick run on a CPU has it.
+    Sizes are (height, width), in pixels. `quick` says whether the quick run on a CPU has it; `table` is the name that
+    the field has for it, where several cases share one.
     """
 
     id: str
@@ -32,6 +33,11 @@ class ConvCase:
     batch_cpu: int | None = 1
     outputs: int | None = None
     quick: bool = True
+    table: str = ""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(device for device in ("cpu", "cuda") if self.batch(device) is not None)
 
     @property
     def groups(self) -> int:
@@ -52,7 +58,7 @@ class ConvCase:
 
 def _sep_aspp(rate: int, **options) -> ConvCase:
     layer = "DeepLab v3+ separable ASPP, 513 crop" if rate > 1 else "the same shape without dilation"
-    return ConvCase(f"sep-aspp-d{rate}", layer, 2048, (33, 33), dilation=(rate, rate), **options)
+    return ConvCase(f"sep-aspp-d{rate}", layer, 2048, (33, 33), dilation=(rate, rate), table="sep-aspp", **options)
 
 
 DEPTHWISE = (
@@ -64,17 +70,17 @@ DEPTHWISE = (
     ConvCase("xception-middle", "Xception middle flow", 728, (33, 33), batch_cpu=2),
     _sep_aspp(12),
     _sep_aspp(1),
-    ConvCase("decoder-256", "DeepLab v3+ decoder, second layer", 256, (129, 129), batch_gpu=8),
+    ConvCase("decoder-256", "DeepLab v3+ decoder, second layer", 256, (129, 129), batch_gpu=8, table="decoder"),
     ConvCase("xception-entry", "Xception entry flow", 64, (257, 257)),
-    ConvCase("mobilenet-960-d2", "MobileNetV2 last blocks, output stride 16", 960, (33, 33), dilation=(2, 2)),
+    ConvCase("mobilenet-960-d2", "MobileNetV2 last blocks", 960, (33, 33), dilation=(2, 2), table="mobilenet-dw"),
     ConvCase(
         "mobilenet-v3-5x5-d2", "MobileNetV3 last blocks, output stride 16", 960, (33, 33), (5, 5), dilation=(2, 2)
     ),
-    ConvCase("xception-exit-d2", "Xception exit flow", 1536, (33, 33), dilation=(2, 2)),
-    ConvCase("decoder-304", "DeepLab v3+ decoder, first layer", 304, (129, 129), batch_gpu=8),
-    ConvCase("mobilenet-32", "MobileNetV2 first block", 32, (257, 257)),
-    ConvCase("mobilenet-96-s2", "MobileNetV2 second block", 96, (257, 257), stride=(2, 2)),
-    ConvCase("mobilenet-384", "MobileNetV2 middle blocks", 384, (33, 33)),
+    ConvCase("xception-exit-d2", "Xception exit flow", 1536, (33, 33), dilation=(2, 2), table="xception-exit"),
+    ConvCase("decoder-304", "DeepLab v3+ decoder, first layer", 304, (129, 129), batch_gpu=8, table="decoder"),
+    ConvCase("mobilenet-32", "MobileNetV2 first block", 32, (257, 257), table="mobilenet-dw"),
+    ConvCase("mobilenet-96-s2", "MobileNetV2 second block", 96, (257, 257), stride=(2, 2), table="mobilenet-dw"),
+    ConvCase("mobilenet-384", "MobileNetV2 middle blocks", 384, (33, 33), table="mobilenet-dw"),
     ConvCase("large-kernel-7x7", "large-kernel backbones", 384, (33, 33), (7, 7)),
     ConvCase(
         "sep-aspp-d18-n1", "separable ASPP, one image", 2048, (33, 33), dilation=(18, 18), batch_gpu=1, batch_cpu=None
@@ -110,6 +116,7 @@ class AsppCase:
                 batch_cpu=self.batch_cpu,
                 outputs=self.outputs,
                 quick=self.quick,
+                table=self.id,
             )
             for rate in self.rates
         ]
@@ -138,9 +145,13 @@ DENSE = (
     _pointwise("mobilenet-expand", "MobileNetV3 last blocks", 160, 33, 960),
     _pointwise("mobilenet-reduce", "MobileNetV3 last blocks", 960, 33, 160, quick=False),
     _pointwise("mobilenet-early", "MobileNetV3 second stage", 24, 129, 72, quick=False),
-    ConvCase("decoder-dense", "DeepLab v3+ decoder", 304, (129, 129), batch_gpu=8, outputs=256, quick=False),
-    ConvCase("unet-top", "U-Net, first encoder", 64, (512, 512), batch_gpu=8, outputs=64, quick=False),
-    ConvCase("unet-concat", "U-Net, last decoder", 128, (512, 512), batch_gpu=8, outputs=64, quick=False),
+    ConvCase(
+        "decoder-dense", "DeepLab v3+ decoder", 304, (129, 129), batch_gpu=8, outputs=256, quick=False, table="decoder"
+    ),
+    ConvCase("unet-top", "U-Net, first level down", 64, (512, 512), batch_gpu=8, outputs=64, quick=False),
+    ConvCase(
+        "unet-concat", "U-Net, last level up", 128, (512, 512), batch_gpu=8, outputs=64, quick=False, table="unet-top"
+    ),
 )
 CASES = DEPTHWISE + DENSE
 

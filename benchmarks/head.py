@@ -7,14 +7,15 @@ baselines have to be recognisably right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 import fastseg
-from benchmarks import memory, timing
-from benchmarks.operators import BASELINE_ERROR
+from benchmarks import timing
+from benchmarks.row import BASELINE_ERROR, COMPILERS, LAYOUTS, Candidate, Cost
 from fastseg import dispatch
 from fastseg.ops.head import native
 from fastseg.testing import (
@@ -26,7 +27,6 @@ from fastseg.testing import (
     expected_upsample,
 )
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 OPERATORS = {
     "loss": "upsample_cross_entropy",
     "labels": "upsample_argmax",
@@ -50,6 +50,13 @@ class HeadCase:
     image: int
     batch_cpu: int
     batch_gpu: int
+    quick: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def table(self) -> str:
+        """What the field calls it."""
+        return {"labels": "head-argmax", "loss": "head-loss"}.get(self.kind, "")
 
     def shape(self, device: str) -> tuple[int, ...]:
         batch = self.batch_cpu if device == "cpu" else self.batch_gpu
@@ -72,64 +79,91 @@ HEADS = (
 )
 
 
-def measure(case: HeadCase, direction: str, device: str, dtype: torch.dtype, seconds: float, compiles: bool) -> dict:
-    """The record's row of one case and direction."""
-    with timing.measuring_stream(device):
-        return _measure(case, direction, device, dtype, seconds, compiles)
+class HeadWorkload:
+    """A case of the head, as benchmarks/row.py asks for it."""
 
+    def __init__(self, case: HeadCase, dtype: torch.dtype, device: str):
+        self.case, self.dtype, self.device = case, dtype, device
+        self.shape = case.shape(device)
+        self._made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._wanted: dict[str, tuple[Expected, ...]] = {}
 
-def _measure(case, direction, device, dtype, seconds, compiles):
-    shape = case.shape(device)
-    row = {
-        "id": f"{case.id}/{direction}/{str(dtype).removeprefix('torch.')}",
-        "case": case.id,
-        "layer": case.layer,
-        "direction": direction,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "shape": list(shape),
-        "image": [case.image, case.image],
-        "candidates": [],
-    }
-    given = [_tensors(case, device, dtype, seed) for seed in range(_buffer_sets(case, device, dtype))]
-    wanted = _expected(case, direction, *given[0])
-    calls = {}
-    for name, role, layout, function, choice in _candidates(case, device, dtype):
-        entry = {"name": name, "role": role, "skipped": None, "backend": choice.backend, "reason": choice.reason}
-        row["candidates"].append(entry)
-        if role == "compile" and not compiles:
-            entry["skipped"] = "compiling takes too long for the quick run"
-            continue
-        prepared = [_call(case, direction, function, LAYOUTS[layout], *tensors) for tensors in given]
-        entry["gate"] = _gate(case, prepared[0](), wanted, "native" if choice.backend == "native" else role)
-        if entry["gate"]["green"]:
-            calls[name] = prepared
-            entry["peak_bytes"] = memory.peak_bytes(prepared[0], device)
-    samplers, row["timed"] = timing.samplers_for(calls, device)
-    timing.add_speeds(
-        row["candidates"],
-        timing.interleave(samplers, seconds),
-        ("native NCHW", "native channels_last", "torch.compile"),
-    )
-    return row
+    def describe(self, direction: str) -> dict:
+        case = self.case
+        return {
+            "case": case.id,
+            "layer": case.layer,
+            "operator": OPERATORS[case.kind],
+            "shape": list(self.shape),
+            "image": [case.image, case.image],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+        }
 
+    def cost(self, direction: str) -> Cost:
+        """Logits, and what goes with the pixels, once; a resize is four products a pixel and channel."""
+        x = math.prod(self.shape) * self.dtype.itemsize
+        pixels = self.shape[0] * self.case.image**2
+        resized = 2 * 4 * pixels * self.shape[1]
+        if self.case.kind == "loss":
+            return Cost(2 * x + 8 * pixels, 2 * resized)
+        if self.case.kind == "labels":
+            return Cost(x + 8 * pixels, resized)
+        return Cost(x + pixels * self.shape[1] * self.dtype.itemsize, resized)
 
-def _candidates(case: HeadCase, device: str, dtype: torch.dtype):
-    """(name, role, layout, function, choice): native twice, torch.compile, fastseg twice, the kernels by name."""
-    eager = _native(case)
-    aten, inductor = dispatch.Choice("native", ""), dispatch.Choice("inductor", "")
-    problem = dispatch.Problem(OPERATORS[case.kind], device, dtype)
-    auto = dispatch.choose(problem, "auto")
-    yield "native NCHW", "native", "NCHW", eager, aten
-    yield "native channels_last", "native", "channels_last", eager, aten
-    yield "torch.compile", "compile", "channels_last", torch.compile(eager, dynamic=False), inductor
-    yield "fastseg", "fastseg", "channels_last", _fastseg(case, "auto"), auto
-    yield "fastseg NCHW", "fastseg", "NCHW", _fastseg(case, "auto"), auto
-    for backend in ("cpu", "triton", "cuda"):
-        interpreted = backend == "triton" and device == "cpu"
-        if backend != auto.backend and not interpreted and dispatch.reason_not(backend, problem) is None:
-            named = dispatch.Choice(backend, "asked for by name")
-            yield f"fastseg {backend}", "fastseg", "channels_last", _fastseg(case, backend), named
+    def memory_needed(self, direction: str) -> int:
+        """Logits of full size: native has a few of them, and so has the float64 result."""
+        full = self.shape[0] * self.shape[1] * self.case.image**2
+        sets = timing.buffer_sets(self.cost(direction).bytes, self.device)
+        graphs = 4 * sets if self.device == "cuda" else 1
+        return full * (4 * graphs * self.dtype.itemsize + 3 * 8) + 6 * sets * self.cost(direction).bytes
+
+    def keeps_for_backward(self, direction: str) -> bool:
+        return direction in ("forward+backward", "backward")
+
+    def candidates(self) -> list[Candidate]:
+        """Native twice, torch.compile twice, fastseg twice, the kernels by name."""
+        case, eager = self.case, _native(self.case)
+        problem = dispatch.Problem(OPERATORS[case.kind], self.device, self.dtype)
+        auto = dispatch.choose(problem, "auto")
+        found = self.natives()
+        for name, mode in COMPILERS.items():
+            compiled = torch.compile(eager, dynamic=False, mode=mode)
+            found.append(Candidate(name, "compile", "channels_last", compiled, "inductor"))
+        for name, layout in (("fastseg", "channels_last"), ("fastseg NCHW", "NCHW")):
+            found.append(Candidate(name, "fastseg", layout, _fastseg(case, "auto"), *auto))
+        for backend in ("cpu", "triton", "cuda"):
+            interpreted = backend == "triton" and self.device == "cpu"
+            if backend != auto.backend and not interpreted and dispatch.reason_not(backend, problem) is None:
+                named = Candidate(f"fastseg {backend}", "fastseg", "channels_last", _fastseg(case, backend), backend)
+                found.append(named)
+        return found
+
+    def natives(self) -> list[Candidate]:
+        eager = _native(self.case)
+        return [Candidate(f"native {layout}", "native", layout, eager, "native") for layout in LAYOUTS]
+
+    def under_auto(self) -> Candidate:
+        """fastseg as users call it, without asking what "auto" chooses."""
+        return Candidate("fastseg", "fastseg", "channels_last", _fastseg(self.case, "auto"), "")
+
+    def calls(self, candidate: Candidate, direction: str) -> list[Callable[[], tuple[torch.Tensor, ...]]]:
+        layout = LAYOUTS[candidate.layout]
+        return [_call(self.case, direction, candidate.function, layout, *given) for given in self._sets(direction)]
+
+    def _sets(self, direction: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        count = timing.buffer_sets(self.cost(direction).bytes, self.device)
+        while len(self._made) < count:
+            self._made.append(_tensors(self.case, self.device, self.dtype, seed=len(self._made)))
+        return self._made[:count]
+
+    def gate(self, results, direction: str, role: str, natives: Sequence = ()) -> dict:
+        if direction not in self._wanted:
+            self._wanted[direction] = _expected(self.case, direction, *self._sets(direction)[0])
+        return _gate(self.case, results, self._wanted[direction], role)
+
+    def extras(self, results: dict) -> dict:
+        return {}
 
 
 def _native(case: HeadCase) -> Callable:
@@ -165,13 +199,6 @@ def _tensors(case: HeadCase, device: str, dtype: torch.dtype, seed: int) -> tupl
     border = case.image // 20
     target[:, :border] = target[:, :, :border] = IGNORED
     return x, target
-
-
-def _buffer_sets(case: HeadCase, device: str, dtype: torch.dtype) -> int:
-    batch, channels = case.shape(device)[:2]
-    moved = batch * channels * case.size**2 * dtype.itemsize
-    moved += batch * case.image**2 * (channels * dtype.itemsize if case.kind == "resize" else 8)
-    return timing.buffer_sets(moved, device)
 
 
 def _call(case, direction, function, layout, x, other) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -213,12 +240,7 @@ def _gate(case: HeadCase, results, wanted: tuple[Expected, ...], role: str) -> d
     """
     errors, message = [], ""
     for result, expected in zip(results, wanted, strict=True):
-        value = expected.value
-        if case.kind == "labels":
-            difference = (value.amax(1, keepdim=True) - value.gather(1, result[:, None])).max()
-        else:
-            difference = (result.double() - value).abs().max()
-        errors.append(float(difference / value.abs().max()))
+        errors.append(_largest_error(case, result, expected.value))
         try:
             if role == "fastseg" and case.kind == "labels":
                 assert_argmax(result, expected)
@@ -228,4 +250,16 @@ def _gate(case: HeadCase, results, wanted: tuple[Expected, ...], role: str) -> d
                 raise AssertionError(f"the largest error is {errors[-1]:.3g} of the largest value")
         except AssertionError as failure:
             message = message or str(failure)
-    return {"green": not message, "message": message, "error": max(errors)}
+    finite = all(math.isfinite(error) for error in errors)
+    return {"green": not message, "message": message, "error": max(errors) if finite else None}
+
+
+def _largest_error(case: HeadCase, result: torch.Tensor, value: torch.Tensor) -> float:
+    labels = case.kind == "labels"
+    if result.shape != (value[:, 0] if labels else value).shape:
+        return math.inf
+    if labels:
+        difference = value.amax(1, keepdim=True) - value.gather(1, result[:, None].clamp(0, value.shape[1] - 1))
+    else:
+        difference = (result.double() - value).abs()
+    return float(difference.max() / value.abs().max())

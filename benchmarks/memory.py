@@ -1,12 +1,18 @@
-"""Memory of one call: its peak beyond what was there before, and what it keeps for backward."""
+"""Memory of one call: its peak beyond what was there before, what it keeps for backward, whether there is enough."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # How the peak is measured, for the report.
 HOW = {
@@ -67,3 +73,83 @@ def saved_bytes(call) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
     return sum(saved.values())
+
+
+# What a case is expected to take may be this share of what is free: libraries keep workspaces of their own.
+MOST = 0.8
+
+
+def available_bytes(device: str) -> int | None:
+    """What new tensors can have, as far as the system says."""
+    if device != "cpu":
+        free = torch.cuda.mem_get_info()[0]
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    known = [value for value in (_free_of_the_machine(), _free_of_the_group()) if value is not None]
+    return min(known, default=None)
+
+
+def _free_of_the_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _free_of_the_group(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves; pages of files that it may drop are not counted as used."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        dropped = next(
+            int(line.split()[1])
+            for line in (folder / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+    except (OSError, StopIteration, ValueError):  # "max" is no number: no limit
+        return None
+    return limit - used + dropped
+
+
+def shortage(needed: int, device: str) -> str | None:
+    """Why a case that takes `needed` bytes is better not tried, or None."""
+    available = available_bytes(device)
+    if available is None or needed <= MOST * available:
+        return None
+    return f"it takes about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an allocation failed; on a CPU that is a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+class _Tally(TorchDispatchMode):
+    """Adds up the storages that are alive, and keeps the most there was."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return results
+
+
+def peak_without_data(module: torch.nn.Module, x: torch.Tensor, run: Callable[[torch.nn.Module, torch.Tensor], object]):
+    """Peak bytes of `run(module, x)` in float32, found without computing anything; 0 where that cannot be told."""
+    with torch.random.fork_rng(devices=[]):
+        module = copy.deepcopy(module).to("meta", torch.float32)
+        x = torch.empty(x.shape, device="meta")
+        try:
+            with _Tally() as tally:
+                run(module, x)
+        except (RuntimeError, NotImplementedError):  # it looks at values
+            return 0
+    return tally.peak

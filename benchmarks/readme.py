@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks import table
-from benchmarks.record import RESULTS, committed
+from benchmarks.markdown import markdown
+from benchmarks.record import KINDS, RESULTS, committed
 
 BLOCKS = {"cpu-table": "cpu", "gpu-table": "cuda"}
 
@@ -19,11 +19,11 @@ def block(name: str, results: Path = RESULTS) -> str:
     tables, seen = [], set()
     for record in committed(BLOCKS[name], results):
         rest = dict(record)
-        for kind in ("networks", "blocks", "operators"):
-            rest[kind] = [row for row in record.get(kind, []) if row["id"] not in seen]
+        for kind in KINDS:
+            rest[kind] = [row for row in record[kind] if row["id"] not in seen]
             seen |= {row["id"] for row in rest[kind]}
-        if any(rest[kind] for kind in ("networks", "blocks", "operators")):
-            tables.append(table.markdown(rest))
+        if any(rest[kind] for kind in KINDS):
+            tables.append(markdown(rest))
     return "\n\n".join(tables) or "no record yet"
 
 

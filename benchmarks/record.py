@@ -3,15 +3,17 @@
 Its keys:
 schema     1
 created    UTC, ISO 8601
+finished   the same of the end; None while the run goes on, and where it was interrupted
 commit     git commit; dirty says whether files differed from it
 kernels    path -> sha256 of every kernel source
+sources    sha256 of all code that is measured or measures
 machine    processor, GPU, driver, versions
 settings   threads, dtypes, what was selected
 ceilings   measured in the same run
-operators  rows of operators.py
+operators  rows (row.py) of convolutions, workload.py
 networks   rows of network.py
 blocks     rows of blocks.py and head.py
-overhead   rows of operators.overhead
+overhead   rows of overhead.py
 skipped    {"id", "reason"} of what was not run
 stages     only from gpu.py: {"name", "status", "seconds", "detail"}
 promises   only from gpu.py: test -> how many of its cases passed, failed and were skipped
@@ -34,6 +36,8 @@ import torch
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# The record's lists of rows, in the order they are shown in.
+KINDS = ("networks", "blocks", "operators")
 
 
 def kernel_files(root: Path = ROOT) -> list[Path]:
@@ -83,10 +87,12 @@ def start(settings: dict) -> dict:
     """A record with nothing measured yet."""
     return {
         "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        "created": _now(),
+        "finished": None,
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "kernels": kernel_hashes(),
+        "sources": sources(),
         "machine": machine(settings["device"]),
         "settings": settings,
         "ceilings": {},
@@ -108,22 +114,60 @@ def save(record: dict, path: Path) -> None:
 
 def load(path: Path) -> dict:
     """Raises ValueError where the file is no record that this version reads."""
-    record = json.loads(Path(path).read_text())
+    try:
+        record = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name} is no JSON: {error}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         got = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"expected a benchmark record of schema {SCHEMA} in {Path(path).name}, but got {got}")
-    return record
+    return _upgraded(record)
 
 
 def finish(record: dict) -> None:
-    """Note how busy the machine was in the end: more than its threads can account for means that others ran too."""
+    """Note the end, and how busy the machine was: more than its threads can account for means that others ran too."""
     record["machine"]["load_at_end"] = _load()
+    record["finished"] = _now()
+
+
+def rows(record: dict) -> list[dict]:
+    return [row for kind in KINDS for row in record[kind]]
+
+
+def _upgraded(record: dict) -> dict:
+    """An earlier version's record as this one writes it."""
+    record = {"blocks": [], "sources": None, "finished": record["created"]} | record
+    for row in rows(record):
+        timed = {c["name"]: c for c in row["candidates"] if "seconds" in c}
+        if "baseline" not in row:
+            natives = [name for name, entry in timed.items() if entry["role"] == "native"]
+            row["baseline"] = min(natives, key=lambda name: timed[name]["seconds"]["median"], default=None)
+        for entry in timed.values():
+            to_baseline = entry.get(f"ratio to {row['baseline']}")
+            if to_baseline:
+                entry.setdefault("ratio", to_baseline)
+    return record
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def commit() -> str | None:
+    return _git("rev-parse", "HEAD")
+
+
+def sources(root: Path = ROOT) -> str:
+    files = [*(root / "fastseg").rglob("*.py"), *(root / "benchmarks").glob("*.py"), *kernel_files(root)]
+    digest = hashlib.sha256()
+    for path in sorted(set(files)):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def gates(record: dict) -> dict[str, int]:
     """How many candidates were found right and wrong."""
-    rows = record["operators"] + record["networks"] + record.get("blocks", [])
-    found = [c["gate"]["green"] for row in rows for c in row["candidates"] if "gate" in c]
+    found = [c["gate"]["green"] for row in rows(record) for c in row["candidates"] if "gate" in c]
     return {"green": sum(found), "red": len(found) - sum(found)}
 
 

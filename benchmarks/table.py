@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from benchmarks import summary
+from benchmarks import targets as goals
 from benchmarks.record import gates
 
 HEADER = (
     f"{'case':<20} {'direction':<16} {'dtype':<8} {'native':>9} {'fastseg':>9} {'p20-p80':>17} {'ratio':>7} "
-    f"{'p20-p80':>13} {'GB/s':>6} {'GFLOP/s':>7} {'bound':>12} {'memory MB':>13} {'taps':>5} {'error, native':>15}"
-    "  kernel"
+    f"{'p20-p80':>13} {'GB/s':>6} {'GFLOP/s':>7} {'bound':>12} {'memory MB':>13} {'saved MB':>11} {'live':>5} "
+    f"{'error, native':>15}  kernel"
 )
 
 
@@ -28,7 +29,20 @@ def shape(row: dict) -> str:
 
 
 def share(entry: dict, row: dict) -> str:
-    return f"{100 * entry['share_of_bound']:.0f} % {row['bound']['name']}"
+    """Of the bound, and which it is; rows of early records have none."""
+    return f"{100 * entry['share_of_bound']:.0f} % {row['bound']['name']}" if "share_of_bound" in entry else "-"
+
+
+def live(row: dict) -> str:
+    """Live taps of all, or of a module the share of products that are."""
+    if "live_taps" in row:
+        return f"{row['live_taps']:.2f} of {row['taps']}"
+    return f"{100 * row['live_share']:.0f} %" if "live_share" in row else "-"
+
+
+def error(entry: dict | None) -> str:
+    found = entry["gate"]["error"] if entry else None
+    return "-" if found is None else f"{found:.1e}"
 
 
 def row_line(row: dict) -> str:
@@ -40,6 +54,13 @@ def row_line(row: dict) -> str:
         reasons = [f"{c['name']}: {c['skipped']}" for c in row["candidates"] if c["skipped"]]
         return f"{start} not timed: {'; '.join(reasons)}"
     spread, ratio = entry["seconds"], entry.get("ratio")
+
+    def pair(key: str) -> str:
+        return f"{megabytes(entry.get(key))}/{megabytes(native.get(key) if native else None)}"
+
+    def rate(key: str, unit: float) -> str:
+        return f"{entry[key] / unit:.1f}" if key in entry else "-"
+
     return " ".join(
         [
             start,
@@ -48,58 +69,69 @@ def row_line(row: dict) -> str:
             f"{seconds(spread['p20']) + '-' + seconds(spread['p80']):>17}",
             f"{ratio['median']:>6.2f}x" if ratio else f"{'-':>7}",
             f"{ratio['p20']:>6.2f}-{ratio['p80']:<6.2f}" if ratio else f"{'-':>13}",
-            f"{entry['bytes_per_s'] / 1e9:>6.1f}",
-            f"{entry['flop_per_s'] / 1e9:>7.1f}",
+            f"{rate('bytes_per_s', 1e9):>6}",
+            f"{rate('flop_per_s', 1e9):>7}",
             f"{share(entry, row):>12}",
-            f"{megabytes(entry['peak_bytes']) + '/' + megabytes(native['peak_bytes'] if native else None):>13}",
-            f"{row['live_taps']:>5.2f}",
-            f"{entry['gate']['error']:>7.1e} {native['gate']['error'] if native else float('nan'):>7.1e}",
+            f"{pair('peak_bytes'):>13}",
+            f"{pair('saved_bytes') if entry.get('saved_bytes') is not None else '-':>11}",
+            f"{live(row).split(' of ')[0]:>5}",
+            f"{error(entry):>7} {error(native):>7}",
             f" {kernel(entry)}",
         ]
     )
 
 
 def kernel(entry: dict) -> str:
-    return entry["backend"] if entry["name"] == "fastseg" else f"{entry['backend']} (by name)"
+    """The kernel of an operator, or how many calls of a module went where."""
+    chosen = entry["name"] in ("fastseg", "fastseg NCHW")
+    return f"{entry.get('backend') or '-'}{'' if chosen else ' (by name)'}"
+
+
+def block_line(row: dict) -> str:
+    """The row, and below it what it stands beside."""
+    lines = [row_line(row)]
+    entry = summary.shown(row)
+    if entry is not None:
+        others = [
+            f"{name} {seconds(summary.candidate(row, name)['seconds']['median'])} ({ratio['median']:.2f}x)"
+            for name, ratio in ratios(entry).items()
+        ]
+        lines += [f"{'':<20} fastseg over {', '.join(others)}"] if others else []
+    return "\n".join(lines)
+
+
+def ratios(entry: dict) -> dict[str, dict]:
+    """Baseline -> how many times faster the entry is."""
+    return {key.removeprefix("ratio to "): value for key, value in entry.items() if key.startswith("ratio to ")}
 
 
 def network_lines(row: dict) -> str:
-    lines = [f"{row['model']}, {shape(row)}, random weights"]
+    lines = [f"{row['model']}, {row['direction']}, {shape(row)}, random weights"]
+    if summary.is_red(row):
+        lines.append(f"  RED, no speed: {summary.red_message(row)}")
     for entry in row["candidates"]:
-        name = f"  {entry['name']:<22}"
+        name = f"  {entry['name']:<26}"
         if entry["skipped"]:
             lines.append(f"{name} skipped: {entry['skipped']}")
         elif not entry["gate"]["green"]:
             lines.append(f"{name} RED, no speed: {entry['gate']['message']}")
-        else:
-            took, gate = entry["seconds"], entry["gate"]
-            ratios = [
-                f"{value['median']:.2f}x over {key.removeprefix('ratio to ')}"
-                for key, value in entry.items()
-                if key.startswith("ratio")
-            ]
-            lines.append(
-                f"{name} {seconds(took['median']):>8} ({seconds(took['p20'])}-{seconds(took['p80'])}), "
-                f"{', '.join(ratios)}, {megabytes(entry['peak_bytes'])} MB, error {gate['error']:.1e}, "
-                f"{gate['labels_unlike_native']} of {gate['labels']} labels unlike native's"
-            )
+        elif not summary.is_red(row):
+            lines.append(f"{name} {_network_entry(entry, row)}")
     return "\n".join(lines)
 
 
-def block_line(row: dict) -> str:
-    start = f"{row['case']:<20} {row['direction']:<10} {shape(row):<24}"
-    if summary.is_red(row):
-        return f"{start} RED, no speed: {summary.red_message(row)}"
-    parts = []
-    for entry in row["candidates"]:
-        if "seconds" not in entry:
-            continue
-        took = f"{entry['name']} {seconds(entry['seconds']['median'])}"
-        if entry["name"] == "fastseg":
-            ratios = [f"{v['median']:.2f}x" for k, v in entry.items() if k.startswith("ratio")]
-            took += f" ({', '.join(ratios)})"
-        parts.append(f"{took}, {megabytes(entry['peak_bytes'])} MB")
-    return f"{start} {'; '.join(parts)}"
+def _network_entry(entry: dict, row: dict) -> str:
+    took, gate = entry["seconds"], entry["gate"]
+    parts = [f"{seconds(took['median']):>8} ({seconds(took['p20'])}-{seconds(took['p80'])})"]
+    parts += [f"{ratio['median']:.2f}x over {name}" for name, ratio in ratios(entry).items() if name != entry["name"]]
+    parts += [f"{megabytes(entry['peak_bytes'])} MB"] if entry.get("peak_bytes") is not None else []
+    parts += [f"{megabytes(entry['saved_bytes'])} MB saved"] if entry.get("saved_bytes") is not None else []
+    parts += [f"{entry['flop_per_s'] / 1e9:.0f} GFLOP/s, {share(entry, row)}"] if "flop_per_s" in entry else []
+    parts.append(f"error {error(entry)}")
+    if "labels" in gate:
+        parts.append(f"{gate['labels_unlike_native']} of {gate['labels']} labels unlike native's")
+    parts += [f"kernels: {entry['backend']}"] if entry["role"] == "fastseg" and entry.get("backend") else []
+    return ", ".join(parts)
 
 
 def machine_line(record: dict) -> str:
@@ -138,14 +170,23 @@ def overhead_line(record: dict) -> str:
     return "one operator call on a 5x5 image (above native): " + "; ".join(parts)
 
 
+def never_slower_line(record: dict) -> str:
+    rows, slower = summary.never_slower(record)
+    if not slower:
+        return f"never slower: in none of {rows} rows is fastseg slower than native's better layout by more than noise"
+    listed = ", ".join(f"{identity} {ratio['median']:.2f}x" for identity, ratio in slower)
+    return f"SLOWER than native's better layout by more than noise in {len(slower)} of {rows} rows: {listed}"
+
+
 def summary_lines(record: dict) -> str:
     lines = [
-        f"{s.direction:<24} geometric mean {s.geometric_mean:6.2f}x over {s.rows:>2} cases, "
+        f"{s.title:<34} geometric mean {s.geometric_mean:6.2f}x over {s.rows:>2} cases, "
         f"best {s.best[0]:6.2f}x ({s.best[1]}), worst {s.worst[0]:6.2f}x ({s.worst[1]})"
         for s in summary.summaries(record)
     ]
+    lines.append(never_slower_line(record))
     lines += [
-        f"{'met    ' if met else 'NOT MET'} {wanted}: {measured}" for wanted, measured, met in summary.targets(record)
+        f"{'met    ' if met else 'NOT MET'} {wanted}: {measured}" for wanted, measured, met in goals.targets(record)
     ]
     lines += [disturbed(record)] if disturbed(record) else []
     found = gates(record)
@@ -160,49 +201,9 @@ def terminal(record: dict) -> str:
     parts = [machine_line(record)]
     parts += [ceilings_line(record)] if record["ceilings"] else []
     parts += [network_lines(row) for row in record["networks"]]
-    parts += [block_line(row) for row in record.get("blocks", [])]
-    parts += [HEADER, *(row_line(row) for row in record["operators"])] if record["operators"] else []
+    rows = record["blocks"] + record["operators"]
+    parts += [HEADER] if rows else []
+    parts += [block_line(row) for row in record["blocks"]]
+    parts += [row_line(row) for row in record["operators"]]
     parts += [overhead_line(record)] if record["overhead"] else []
     return "\n".join([*parts, summary_lines(record)])
-
-
-def markdown(record: dict) -> str:
-    """The README's table: one line per case and direction, with what it was measured on below."""
-    lines = [
-        "| case | shape | direction | native, better layout | fastseg | ratio (p20 to p80) | share of bound | kernel |",
-        "|---|---|---|--:|--:|--:|--:|---|",
-    ]
-    for row in record["networks"]:
-        lines += _markdown_network(row, row["model"])
-    for row in record.get("blocks", []):
-        lines += _markdown_network(row, row["case"])
-    for row in record["operators"]:
-        entry, native = summary.shown(row), summary.baseline(row)
-        head = f"| {row['case']} | {shape(row)} | {row['direction']} |"
-        if summary.is_red(row):
-            lines.append(f"{head} | | wrong result, no speed | | |")
-        elif entry is not None and native is not None:
-            speed = _markdown_speed(native, entry, entry["ratio"])
-            lines.append(f"{head} {speed} | {share(entry, row)} | {kernel(entry)} |")
-    commit = (record["commit"] or "unknown")[:10] + (", with changes" if record["dirty"] else "")
-    return "\n".join([*lines, "", f"{machine_line(record)}; commit {commit}, {record['created'][:10]}."])
-
-
-def _markdown_network(row: dict, title: str) -> list[str]:
-    entry = summary.shown(row)
-    if entry is None:
-        return [f"| {title} | | {row['direction']} | | wrong result, no speed | | | |"]
-    lines = []
-    for name in ("native NCHW", "native channels_last", "torch.compile"):
-        native, ratio = summary.candidate(row, name), entry.get(f"ratio to {name}")
-        if native and ratio:
-            head = f"| {title}, over {name} | {shape(row)} | {row['direction']} |"
-            lines.append(f"{head} {_markdown_speed(native, entry, ratio)} | | |")
-    return lines
-
-
-def _markdown_speed(native: dict, entry: dict, ratio: dict) -> str:
-    return (
-        f"{seconds(native['seconds']['median'])} | {seconds(entry['seconds']['median'])} | "
-        f"**{ratio['median']:.2f}x** ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
-    )

@@ -23,8 +23,8 @@ import torch
 import fastseg
 from benchmarks import timing
 from benchmarks.cases import ConvCase, select
-from benchmarks.operators import direction_call
-from benchmarks.workload import Candidate, ConvWorkload
+from benchmarks.row import Candidate
+from benchmarks.workload import ConvWorkload, direction_call
 
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
 ROUNDS = 5

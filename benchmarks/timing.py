@@ -44,17 +44,30 @@ def ratio(baseline: Sequence[float], candidate: Sequence[float]) -> Spread:
     return spread([b / c for b, c in zip(baseline, candidate, strict=True)])
 
 
-def add_speeds(entries: Sequence[dict], samples: dict[str, list[float]], baselines: Sequence[str]) -> None:
-    """Give every entry of a record that was timed its spread, and its ratio to each baseline that was."""
-    for entry in entries:
-        taken = samples.get(entry["name"])
-        if taken is None:
-            continue
-        entry["seconds"] = spread(taken)._asdict()
-        entry["rounds"] = len(taken)
-        for name in baselines:
-            if name in samples:
-                entry[f"ratio to {name}"] = ratio(samples[name], taken)._asdict()
+class Interval(NamedTuple):
+    """Where a median lies, and how sure that is."""
+
+    median: float
+    low: float
+    high: float
+    confidence: float
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The median's narrowest interval between two of the values, with `confidence` if there are enough of them.
+
+    Distribution-free: each value lies below the median with probability one half.
+    """
+    ordered, count = sorted(values), len(values)
+    beyond = 0.0  # the probability that fewer than `cut` + 1 values lie on one side of the median
+    cut, sure = 0, 1 - 2 * 0.5**count
+    while cut + 1 <= (count - 1) // 2:
+        beyond += math.comb(count, cut) / 2**count
+        wider = 1 - 2 * (beyond + math.comb(count, cut + 1) / 2**count)
+        if wider < confidence:
+            break
+        cut, sure = cut + 1, wider
+    return Interval(spread(values).median, ordered[cut], ordered[count - 1 - cut], sure)
 
 
 def interleave(samplers: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:

@@ -1,7 +1,8 @@
 """fastseg: fast kernels for segmentation networks, drop-in for PyTorch."""
 
-from fastseg import nn, ops
+from fastseg import models, nn, ops
 from fastseg.accelerate import accelerate, accelerated, restore
+from fastseg.counters import counters
 from fastseg.dispatch import BackendError, backend
 from fastseg.explain import explain
 from fastseg.info import info
@@ -15,8 +16,10 @@ __all__ = [
     "accelerate",
     "accelerated",
     "backend",
+    "counters",
     "explain",
     "info",
+    "models",
     "nn",
     "ops",
     "restore",

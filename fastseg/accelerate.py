@@ -151,15 +151,6 @@ def accelerated(model: torch.nn.Module, **options) -> Iterator[torch.nn.Module]:
             record.reinstate()
 
 
-def kernel_choice(
-    layer: torch.nn.Conv2d, backend: str | None, dtype=None, device_type=None, geometry=None
-) -> dispatch.Choice:
-    """The backend that runs `layer` and why, for the dtype and device of its weight unless others are given."""
-    operator = operator_of(layer.in_channels, layer.groups)
-    dtype, device_type = dtype or layer.weight.dtype, device_type or layer.weight.device.type
-    return dispatch.choose(dispatch.Problem(operator, device_type, dtype, geometry), backend)
-
-
 def requested(layer: torch.nn.Conv2d, backend: str) -> str | None:
     """What `layer` asks of dispatch when `backend` is asked of the model: a family without kernels is never forced."""
     operator = operator_of(layer.in_channels, layer.groups)
@@ -215,7 +206,9 @@ def fallback_reason(layer: torch.nn.Conv2d, backend: str) -> str | None:
     if original_class(layer) is not torch.nn.Conv2d:
         return own_forward_reason(layer)
     try:
-        choice = kernel_choice(layer, requested(layer, backend) or "auto")
+        operator, weight = operator_of(layer.in_channels, layer.groups), layer.weight
+        problem = dispatch.Problem(operator, weight.device.type, weight.dtype)
+        choice = dispatch.choose(problem, requested(layer, backend) or "auto")
     except dispatch.BackendError as error:
         return str(error)
     return choice.reason if choice.backend == "native" else None

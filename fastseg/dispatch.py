@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import Counter
 from typing import NamedTuple
 
 import torch
 
 from fastseg import extension, winners
+from fastseg.counters import native_calls
 from fastseg.gpu_choice import kernel_on_gpu
+from fastseg.measuring import Attempt
 
 BACKENDS = ("auto", "native", "reference", "cpu", "triton", "cuda")
 
@@ -27,8 +28,16 @@ class BackendError(RuntimeError):
 
 
 class Choice(NamedTuple):
+    """The backend that runs a call.
+
+    margin: where it was measured, how many times faster than native; of native, how many times faster than kernels.
+    provisional: whether the next call of the same problem may be measured.
+    """
+
     backend: str
     reason: str
+    margin: float | None = None
+    provisional: bool = False
 
 
 class Geometry(NamedTuple):
@@ -44,9 +53,10 @@ class Geometry(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes of a call that is not one convolution: those of its input, and whatever else decides its time."""
+    """The sizes of a call that is not one convolution: those of its images, and whatever else decides its time."""
 
     input: tuple[int, ...]  # [N, C, H, W]
+    output: tuple[int, ...]  # height and width of a resize; of what keeps the image's size, nothing
     detail: tuple
     channels_last: bool
 
@@ -60,10 +70,6 @@ class Problem(NamedTuple):
     geometry: Geometry | Sizes | None = None  # None while tracing, where sizes may be symbols, and where any is meant
     gradient: bool = False  # whether a backward pass may follow; looked at with a geometry only
     epilogue: str = "none"  # the activation behind a convolution, "norm+" and one where a norm is folded in
-
-
-# (operator, reason) -> number of calls that "auto" left to native.
-native_calls: Counter[tuple[str, str]] = Counter()
 
 
 def _check_name(name: str, source: str) -> str:
@@ -180,20 +186,33 @@ def reason_not(backend: str, problem: Problem) -> str | None:
     return _REASONS[backend](problem)
 
 
-def _auto(problem: Problem, attempt: winners.Attempt | None) -> Choice:
+# Operators made of matrix products, which oneDNN has instructions for in low precision.
+_PRODUCTS = ("separable_conv2d", "aspp_branches", "separable_aspp_branches")
+
+
+def _auto(problem: Problem, attempt: Attempt | None) -> Choice:
     if problem.operator in _NATIVE_ONLY:
         return Choice("native", _NATIVE_ONLY[problem.operator])
-    if problem.geometry is not None and winners.consulted(problem.operator, problem.device_type):
-        kernels = [b for b in _MEASURED.get(problem.device_type, ()) if reason_not(b, problem) is None]
-        best = winners.winner(problem, ["native", *kernels], attempt)
-        if best is not None and (best.backend == "native" or best.backend in kernels):
-            return Choice(best.backend, best.reason())
+    if problem.geometry is None or not winners.consulted(problem.operator, problem.device_type):
+        return _by_records(problem)
+    candidates = ["native", *(b for b in _MEASURED[problem.device_type] if reason_not(b, problem) is None)]
+    best = winners.winner(problem, candidates, attempt) if len(candidates) > 1 else None
+    if best is not None and best.backend in candidates:
+        return Choice(best.backend, best.reason, best.margin)
+    awaited = best is None and len(candidates) > 1 and winners.is_awaited(problem)
+    return _by_records(problem)._replace(provisional=awaited)
+
+
+def _by_records(problem: Problem) -> Choice:
+    """What the committed records show to be the faster, as rules on sizes."""
     if problem.device_type == "cpu":
         reason = reason_not("cpu", problem)
         if reason is None and problem.operator == "dilated_conv2d":
             reason = _dilated_is_native_on_cpu(problem)
-        elif reason is None and problem.operator != "depthwise_conv2d" and problem.dtype != torch.float32:
+        elif reason is None and problem.operator in _PRODUCTS and problem.dtype != torch.float32:
             reason = "products of other dtypes than float32 run on native on the CPU"
+        elif reason is None and problem.operator == "upsample_bilinear2d" and problem.dtype == torch.float64:
+            reason = "native resizes float64 as fast on the CPU"
         return Choice("native", reason) if reason else Choice("cpu", "faster than native in the committed records")
     if problem.device_type != "cuda":
         return Choice("native", f"there are no kernels for {problem.device_type} tensors")
@@ -249,7 +268,7 @@ _sized_choices: dict[tuple[Problem, str], Choice] = {}
 _MOST_SIZED_CHOICES = 4096
 
 
-def choose(problem: Problem, requested: str | None = None, attempt: winners.Attempt | None = None) -> Choice:
+def choose(problem: Problem, requested: str | None = None, attempt: Attempt | None = None) -> Choice:
     """The backend that runs `problem`, with the reason; `attempt` makes the call, where "auto" may try who is fastest.
 
     Raises:
@@ -266,31 +285,38 @@ def choose(problem: Problem, requested: str | None = None, attempt: winners.Atte
     return choice
 
 
-def _choose_by_size(key: tuple[Problem, str], attempt: winners.Attempt | None) -> Choice:
+def _choose_by_size(key: tuple[Problem, str], attempt: Attempt | None) -> Choice:
+    if winners.tuning():
+        return _decide(*key, attempt)
     choice = _sized_choices.get(key)
-    if choice is None:
+    if choice is None or (choice.provisional and attempt is not None and winners.may_measure(key[0], attempt)):
         if len(_sized_choices) >= _MOST_SIZED_CHOICES:
             _sized_choices.clear()
-        choice = _decide(*key, attempt)
-        if not winners.is_open(key[0]):
-            _sized_choices[key] = choice
+        choice = _sized_choices[key] = _decide(*key, attempt)
     return choice
 
 
 def forget_sized_choices() -> None:
+    """What was chosen from tables that have changed is chosen anew."""
     _sized_choices.clear()
 
 
-def _decide(problem: Problem, name: str, attempt: winners.Attempt | None = None) -> Choice:
+_BY_NAME = "asked for by name"
+
+
+def _decide(problem: Problem, name: str, attempt: Attempt | None = None) -> Choice:
     if name == "auto":
         return _auto(problem, attempt)
     reason = reason_not(name, problem)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run {problem.operator}: {reason}")
-    return Choice(name, "asked for by name")
+    return Choice(name, _BY_NAME)
 
 
 def count_native(operator: str, reason: str) -> None:
-    """Remember that "auto" left a call to native. Not counted while tracing: a graph is traced once, run many times."""
-    if not torch.compiler.is_compiling():
+    """Remember that "auto" left a call to native, for that reason.
+
+    Not counted are calls of native by its name, and tracing: a graph is traced once and run many times.
+    """
+    if reason != _BY_NAME and not torch.compiler.is_compiling():
         native_calls[operator, reason] += 1

@@ -1,9 +1,12 @@
-"""explain: what every convolution of a model runs on, why, how fast, and how fast it could be."""
+"""explain: what every convolution of a model runs on, why, how fast, and how fast it could be.
+
+What a layer runs on is asked of dispatch with the very problem that its call asks, so that what `fastseg.tune` found
+is what is shown. Nothing is measured for the tables, and nothing in them changes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -12,101 +15,26 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastseg import dispatch, extension
-from fastseg.accelerate import kernel_choice, own_forward_reason, requested
+from fastseg import dispatch, extension, winners
+from fastseg.accelerate import own_forward_reason, requested
 from fastseg.ceilings import copy_bandwidth, matmul_rate, median_ms
 from fastseg.chains import find_chains, undisturbed
-from fastseg.nn.conv import Conv2d, convolve, folded
+from fastseg.counters import uncounted
+from fastseg.nn.aspp import PyramidModule
+from fastseg.nn.conv import Conv2d, convolve, folded, norm_epilogue
 from fastseg.nn.folding import Chain, Operands, pays, scales_weight
 from fastseg.nn.fused_module import FusedModule
 from fastseg.nn.head import BilinearUpsample, resizing_class
+from fastseg.nn.pyramid import Link, Pyramid, Separable
+from fastseg.nn.separable import SeparableConv2d
 from fastseg.ops.arguments import ConvArguments, normalise
 from fastseg.ops.batch_norm import INPLACE_ACTIVATIONS
-from fastseg.ops.convolution import geometry_of
+from fastseg.ops.conv2d import operator_of
+from fastseg.ops.convolution import geometry_of, sized
 from fastseg.ops.geometry import conv_memory_format, live_outputs
 from fastseg.ops.live_taps import live_share, rectangles
 from fastseg.pyramids import find_pyramids
-
-
-@dataclasses.dataclass
-class Row:
-    """One convolution layer with one input shape."""
-
-    name: str
-    input: tuple[int, ...]  # [N, C, H, W]
-    output: tuple[int, ...]  # [N, K, P, Q]
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    kernel: str  # the backend that runs it
-    reason: str  # why that one
-    fold: str  # the norm and activation it applies as well, and where
-    ms: float
-    native_ms: float  # native in the faster of its two layouts, with the same norm and activation
-    live_taps: float  # share of (output, tap) pairs that lie inside the image
-    megabytes: float  # input, weight and output, once each
-    gflop: float  # of live taps
-    bound_ms: float  # the larger of the time to move the bytes and the time to do the arithmetic
-    calls: int
-
-    @property
-    def share_of_bound(self) -> float:
-        return self.bound_ms / self.ms
-
-
-@dataclasses.dataclass
-class Report:
-    """What `fastseg.explain` found; str() is a table, `.to_json()` the same as JSON text."""
-
-    model: str
-    accelerated: bool
-    device: str
-    dtype: str
-    bandwidth: float  # bytes a second
-    rate: float  # floating-point operations a second
-    rows: list[Row]
-    fused: list[str]  # modules that run as a whole; their convolutions are timed one by one above
-    resizes: list[str]  # modules that resize bilinearly, and on what
-    warnings: list[str]
-
-    @property
-    def ms(self) -> float:
-        return sum(row.ms * row.calls for row in self.rows)
-
-    @property
-    def native_ms(self) -> float:
-        return sum(row.native_ms * row.calls for row in self.rows)
-
-    def to_json(self) -> str:
-        rows = [dataclasses.asdict(row) | {"share_of_bound": row.share_of_bound} for row in self.rows]
-        totals = {"ms": self.ms, "native_ms": self.native_ms}
-        return json.dumps(dataclasses.asdict(self) | totals | {"rows": rows}, indent=2)
-
-    def __str__(self) -> str:
-        return "\n".join([self._title(), "", *_table(self.rows), "", *self._summary()])
-
-    def _title(self) -> str:
-        state = "accelerated" if self.accelerated else "not accelerated; this is what fastseg.accelerate would do"
-        return f"{self.model} ({state}), {self.dtype} on {self.device}"
-
-    def _summary(self) -> list[str]:
-        lines = []
-        if self.rows:
-            lines.append(
-                f"{len(self.rows)} convolutions: {self.ms:.2f} ms, native {self.native_ms:.2f} ms in the faster layout "
-                f"of each, {self.native_ms / self.ms:.2f}x"
-            )
-        for (kernel, reason), count in Counter((row.kernel, row.reason) for row in self.rows).most_common():
-            lines.append(f"{count} on {kernel}: {reason}")
-        lines.append(
-            f"bound: the slower of {self.bandwidth / 1e9:.1f} GB/s (measured by a copy) and {self.rate / 1e9:.0f} "
-            "GFLOP/s (measured by a matrix product); more than 100 % means that the tensors stay in a cache"
-        )
-        lines += [f"fused: {line}" for line in self.fused]
-        lines += [f"resize: {line}" for line in self.resizes]
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return lines
+from fastseg.report import Report, Row, times
 
 
 def explain(model: torch.nn.Module, example) -> Report:
@@ -139,15 +67,12 @@ def explain(model: torch.nn.Module, example) -> Report:
         raise TypeError(f"expected model to be a torch.nn.Module, but got {type(model).__name__}")
     accelerated = any("_fastseg" in vars(module) for module in model.modules())
     chains = {} if accelerated else {layer: found.chain for layer, found in find_chains(model).items()}
-    fused, apart = _fusions(model, accelerated)
-    native_calls = dispatch.native_calls.copy()
-    try:
-        with undisturbed(model), torch.no_grad():
-            calls = _record_calls(model, example)
-            rows = _rows(calls, chains, accelerated)
-    finally:
-        dispatch.native_calls.clear()
-        dispatch.native_calls.update(native_calls)
+    blocks = _blocks(model, accelerated)
+    with winners.unmeasured(), uncounted(), undisturbed(model), torch.no_grad():
+        calls, images = _record_calls(model, example, [block.module for block in blocks])
+        rows = _rows(calls, chains, accelerated)
+        fused, apart = _fusions(blocks, images)
+        resizes = _resizes(model, accelerated, images)
     device, dtype = _place(calls, model)
     return Report(
         model=type(model).__name__,
@@ -158,44 +83,100 @@ def explain(model: torch.nn.Module, example) -> Report:
         rate=matmul_rate(device, dtype),
         rows=rows,
         fused=fused,
-        resizes=_resizes(model, accelerated, device, dtype),
+        resizes=resizes,
         warnings=[*apart, *_warnings(rows)],
     )
 
 
-def _fusions(model, accelerated: bool) -> tuple[list[str], list[str]]:
-    """The modules that run as a whole, and those that were recognised and cannot, with the reason."""
-    if accelerated:
-        found = {m: m._fastseg.fusion for m in model.modules() if isinstance(m, FusedModule) and "_fastseg" in vars(m)}
-    else:
-        found = find_pyramids(model)
-    fused, apart = [], []
+@dataclasses.dataclass
+class _Block:
+    """A module that can run as a whole."""
+
+    title: str
+    module: torch.nn.Module
+    whole: Pyramid | Separable
+    backend: str | None
+    layout: torch.memory_format | None  # of its input; None: as it comes
+    reason_not: str | None  # why it cannot
+
+
+def _blocks(model, accelerated: bool) -> list[_Block]:
+    """The modules that run as a whole, or would when accelerated, none of them inside another."""
+    recognised = {} if accelerated else find_pyramids(model)
+    found, inside = [], set()
     for name, module in model.named_modules():
-        if module not in found:
+        settings = vars(module).get("_fastseg")
+        reason = None
+        if module in inside:
             continue
-        reason = found[module].reason_not() if accelerated else None
-        title = f"{name or type(module).__name__} ({found[module].whole.describe()})"
-        if reason is None:
-            fused.append(f"{title} runs as a whole")
+        if isinstance(module, FusedModule) and settings is not None:
+            whole, reason = settings.fusion.whole, settings.fusion.reason_not()
+            backend, layout = settings.backend, settings.memory_format
+        elif module in recognised:
+            whole, backend, layout = recognised[module].whole, None, torch.channels_last
+        elif isinstance(module, PyramidModule) and type(module).forward is PyramidModule.forward:
+            whole, backend, layout = module.pyramid(), module.backend, None
+        elif isinstance(module, SeparableConv2d):
+            whole, backend, layout = Separable(*Link.chain(module), adds_input=False), module.backend, None
         else:
-            apart.append(f"{title} runs child by child: {reason}")
+            continue
+        title = f"{name or type(module).__name__} ({whole.describe()})"
+        found.append(_Block(title, module, whole, backend, layout, reason))
+        inside |= set(module.modules())
+    return found
+
+
+def _fusions(blocks: list[_Block], images: _Images) -> tuple[list[str], list[str]]:
+    """What the blocks that were called run on, and those that cannot run as a whole, with the reason."""
+    fused, apart = [], []
+    for block in blocks:
+        if block.reason_not is not None:
+            apart.append(f"{block.title} runs child by child: {block.reason_not}")
+        elif block.module in images:
+            fused.append(f"{block.title} {_how(block, images[block.module][0])}")
     return fused, apart
 
 
-def _resizes(model, accelerated: bool, device: torch.device, dtype: torch.dtype) -> list[str]:
+def _how(block: _Block, x: torch.Tensor) -> str:
+    """How the block runs on `x`, and why."""
+    if x.dim() != 4:
+        return "runs child by child: it takes batches only"
+    asked = block.whole.asks(x if block.layout is None else x.contiguous(memory_format=block.layout))
+    if asked is None:
+        return "runs child by child: its norms or dtypes do not go into one operator"
+    choice = dispatch.choose(asked.problem, block.backend)
+    how = "runs child by child" if choice.backend == "native" else f"runs as a whole on {choice.backend}"
+    return f"{how}: {_why(choice)}"
+
+
+def _why(choice: dispatch.Choice) -> str:
+    return choice.reason if choice.margin is None else f"{choice.reason}, {times(choice.margin)}"
+
+
+def _resizes(model, accelerated: bool, images: _Images) -> list[str]:
     """A line for each module that resizes bilinearly on fastseg's operator, or would when accelerated."""
     lines = []
     for name, module in model.named_modules():
         settings = vars(module).get("_fastseg")
         backend = module.backend if isinstance(module, BilinearUpsample) else getattr(settings, "backend", None)
         known = isinstance(module, BilinearUpsample) or resizing_class(module, backend) is not None
-        if known:
-            if accelerated and settings is None and not isinstance(module, BilinearUpsample):
-                kernel, reason = "native", "this layer is not accelerated"
-            else:
-                kernel, reason = dispatch.choose(dispatch.Problem("upsample_bilinear2d", device.type, dtype), backend)
-            lines.append(f"{name or type(module).__name__} on {kernel}: {reason}")
+        if not known or module not in images:
+            continue
+        if accelerated and settings is None and not isinstance(module, BilinearUpsample):
+            choice = dispatch.Choice("native", "this layer is not accelerated")
+        else:
+            choice = dispatch.choose(_resize_problem(module, *images[module]), backend)
+        lines.append(f"{name or type(module).__name__} on {choice.backend}: {_why(choice)}")
     return lines
+
+
+def _resize_problem(module, x, y) -> dispatch.Problem:
+    """What the resize asks dispatch; its sizes are not known where the module does more than resize."""
+    sizes = None
+    if isinstance(y, torch.Tensor) and not any(module.children()):
+        detail = (getattr(module, "scale_factor", None) is None, bool(getattr(module, "align_corners", False)))
+        sizes = sized("upsample_bilinear2d", x, tuple(y.shape[2:]), detail)
+    return dispatch.Problem("upsample_bilinear2d", x.device.type, x.dtype, sizes)
 
 
 def _device_name(device: torch.device) -> str:
@@ -228,8 +209,16 @@ class _Call(NamedTuple):
     device: torch.device
 
 
-def _record_calls(model, example) -> Counter[_Call]:
-    """The calls of convolutions while `model` runs on `example`, in the order of the first of each kind."""
+# Module -> input and output of its first call.
+_Images = dict[torch.nn.Module, tuple[torch.Tensor, object]]
+
+
+def _record_calls(model, example, blocks: list[torch.nn.Module]) -> tuple[Counter[_Call], _Images]:
+    """What happens while `model` runs on `example`.
+
+    The calls of convolutions, in the order of the first of each kind (hooks on these are why blocks run child by child
+    meanwhile), and the images of `blocks` and of modules that may be resizes.
+    """
     calls: Counter[_Call] = Counter()
 
     def recorder(name):
@@ -240,11 +229,19 @@ def _record_calls(model, example) -> Counter[_Call]:
 
         return record
 
+    images: _Images = {}
+
+    def keep(module, args, y):
+        if module not in images and args and isinstance(args[0], torch.Tensor):
+            images[module] = (args[0], y)
+
     handles = [
         module.register_forward_hook(recorder(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Conv2d)
     ]
+    resizes = [module for module in model.modules() if resizing_class(module, None) is not None]
+    handles += [module.register_forward_hook(keep) for module in {*blocks, *resizes}]
     try:
         if isinstance(example, dict):
             model(**example)
@@ -253,14 +250,13 @@ def _record_calls(model, example) -> Counter[_Call]:
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, images
 
 
 class _Plan(NamedTuple):
-    """How a layer runs: its backend and why, what it asks dispatch for, the layout of its input, and what it folds."""
+    """How a layer runs: on what and why, what it asks dispatch for, the layout of its input, and what it folds."""
 
-    kernel: str
-    reason: str
+    choice: dispatch.Choice
     backend: str | None
     layout: torch.memory_format
     chain: Chain | None
@@ -274,16 +270,36 @@ def _plan(call: _Call, chain: Chain | None, accelerated: bool) -> _Plan:
     elif isinstance(layer, Conv2d):
         backend, layout = layer.backend, call.layout
     elif _is_foreign(layer):
-        return _Plan("native", f"{own_forward_reason(layer)}, so it is left as it is", "native", call.layout, None)
+        reason = f"{own_forward_reason(layer)}, so it is left as it is"
+        return _Plan(dispatch.Choice("native", reason), "native", call.layout, None)
     elif accelerated:
-        return _Plan("native", "this layer is not accelerated", "native", call.layout, None)
+        return _Plan(dispatch.Choice("native", "this layer is not accelerated"), "native", call.layout, None)
     else:
         backend, layout = requested(layer, "auto"), torch.channels_last
+    if chain is not None and chain.enabled:
+        choice = dispatch.choose(_problem(call, layout, _folded_epilogue(call, chain)), backend)
+        if pays(layer, call.input, call.device.type, choice.backend):
+            return _Plan(choice, backend, layout, chain)
+    choice = dispatch.choose(_problem(call, layout, getattr(layer, "activation", "none")), backend)
+    return _Plan(choice, backend, layout, None)
+
+
+def _problem(call: _Call, layout: torch.memory_format, epilogue: str) -> dispatch.Problem:
+    """What the call asks dispatch, in eval mode without gradients."""
+    operator, device_type = operator_of(call.input[1], call.layer.groups), call.device.type
     arguments = _arguments(call, layout)
-    geometry = None if arguments is None else geometry_of(arguments, layer.weight)
-    kernel, reason = kernel_choice(layer, backend, call.dtype, call.device.type, geometry)
-    folds = chain is not None and chain.enabled and pays(layer, call.input, call.device.type, kernel)
-    return _Plan(kernel, reason, backend, layout, chain if folds else None)
+    sized = arguments is not None and dispatch.depends_on_geometry(operator, device_type)
+    geometry = geometry_of(arguments, call.layer.weight) if sized else None
+    return dispatch.Problem(operator, device_type, call.dtype, geometry, epilogue=epilogue)
+
+
+def _folded_epilogue(call: _Call, chain: Chain) -> str:
+    """What follows the convolution that `chain` is folded into; see `folded` in fastseg/nn/conv.py."""
+    layer = call.layer
+    if extension.EXTENSION is not None and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return norm_epilogue(chain)
+    scales = scales_weight(layer, layer.weight, call.input, call.device.type)
+    return chain.activation_name if scales else "none"
 
 
 def _is_foreign(layer) -> bool:
@@ -323,9 +339,10 @@ def _row(call: _Call, plan: _Plan, count: int, ms: float, native_ms: float) -> R
         stride=tuple(layer.stride),
         dilation=tuple(layer.dilation),
         groups=layer.groups,
-        kernel=plan.kernel,
-        reason=plan.reason,
-        fold=_fold_text(call, plan.kernel, plan.chain),
+        kernel=plan.choice.backend,
+        reason=plan.choice.reason,
+        margin=plan.choice.margin,
+        fold=_fold_text(call, plan.choice.backend, plan.chain),
         calls=count,
         ms=ms,
         native_ms=native_ms,
@@ -420,44 +437,3 @@ def _warnings(rows: list[Row]) -> list[str]:
         if rate > 1 and row.live_taps < 0.5:
             found.append(f"{row.name}: rate {rate} at {size} leaves {100 * row.live_taps:.0f} % of taps live")
     return found
-
-
-def _table(rows: list[Row]) -> list[str]:
-    if not rows:
-        return ["no convolutions"]
-    head = ["layer", "input", "convolution", "kernel", "ms", "native ms", "ratio", "live", "MB", "of bound", "folds"]
-    lines = [head, *([*_cells(row)] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    right = range(4, 10)
-    padded = [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return [padded[0], "-" * max(map(len, padded)), *padded[1:]]
-
-
-def _cells(row: Row) -> list[str]:
-    """One line of the table."""
-    times = f" x{row.calls}" if row.calls > 1 else ""
-    convolution = "x".join(map(str, row.kernel_size))
-    for letter, (vertical, horizontal) in (("s", row.stride), ("d", row.dilation)):
-        if (vertical, horizontal) != (1, 1):
-            convolution += f" {letter}{vertical}" if vertical == horizontal else f" {letter}{vertical},{horizontal}"
-    if row.groups > 1:
-        convolution += f" g{row.groups}"
-    return [
-        row.name + times,
-        "x".join(map(str, row.input)),
-        f"{convolution} -> {row.output[1]}",
-        row.kernel,
-        f"{row.ms:.3f}",
-        f"{row.native_ms:.3f}",
-        f"{row.native_ms / row.ms:.2f}x",
-        f"{100 * row.live_taps:.0f} %",
-        f"{row.megabytes:.2f}",
-        f"{100 * row.share_of_bound:.0f} %",
-        row.fold,
-    ]

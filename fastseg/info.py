@@ -1,4 +1,4 @@
-"""info: what this installation is, what it was built with, and which backends can run here."""
+"""info: what this installation is, what it was built with, which backends can run here, and what was measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import re
 
 import torch
 
-from fastseg import dispatch, extension
+from fastseg import dispatch, extension, winners
+from fastseg.counters import first_calls
 
 
 @dataclasses.dataclass
@@ -20,6 +21,7 @@ class Info:
     build: dict[str, str]
     devices: list[str]
     backends: dict[str, dict[str, str | None]]  # device type -> backend -> why it cannot run, or None
+    tuning: dict[str, str]  # device type -> where its winners are and how many; what first calls cost in this process
 
     def __str__(self) -> str:
         lines = ["versions", *_pairs(self.versions), "build", *_pairs(self.build), "devices"]
@@ -28,14 +30,15 @@ class Info:
             lines.append(f"backends for {device_type} tensors (depthwise convolution, float32)")
             states = {name: "runs" if reason is None else f"cannot run: {reason}" for name, reason in reasons.items()}
             lines += _pairs(states)
+        lines += ["tuning", *_pairs(self.tuning)]
         return "\n".join(lines)
 
 
 def info() -> Info:
-    """Versions, build, devices, and for each backend whether it can run here and if not why.
+    """Versions, build, devices, for each backend whether it can run here and if not why, and the tables of tuning.
 
     Returns:
-        An Info: `print` it, or read `.versions`, `.build`, `.devices` and `.backends`.
+        An Info: `print` it, or read `.versions`, `.build`, `.devices`, `.backends` and `.tuning`.
 
     Example:
         >>> import fastseg
@@ -47,6 +50,7 @@ def info() -> Info:
         build=_build(),
         devices=_devices(),
         backends={device_type: _reasons(device_type) for device_type in ("cpu", "cuda")},
+        tuning=_tuning(),
     )
 
 
@@ -106,6 +110,16 @@ def _reasons(device_type: str) -> dict[str, str | None]:
     if device_type == "cuda" and not torch.cuda.is_available():
         reasons = {name: reason or "no CUDA device" for name, reason in reasons.items()}
     return reasons
+
+
+def _tuning() -> dict[str, str]:
+    found = {}
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        table = winners.table(device_type)
+        shipped = f", {len(table.shipped)} come with fastseg" if table.shipped else ""
+        found[device_type] = f"{len(table.own)} winners in {table.path}{shipped}"
+    found["first calls"] = f"{first_calls.problems} measured in this process, in {first_calls.seconds:.1f} s"
+    return found
 
 
 def _pairs(values: dict[str, str]) -> list[str]:

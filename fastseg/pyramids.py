@@ -237,6 +237,8 @@ def _keeps_size(conv) -> bool:
 def _agrees(whole: Pyramid | Separable, module: torch.nn.Module) -> bool:
     """Whether the module's own forward gives what the parts give, on a small image."""
     convolution = (whole.first if isinstance(whole, Separable) else whole.branches[0][0]).conv
+    if convolution.weight.is_meta:
+        return False  # nothing can be tried without data
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((2, convolution.in_channels, 5, 6), generator=generator)
     x = x.to(convolution.weight.device, convolution.weight.dtype)

@@ -4,34 +4,42 @@ The file lies in the user's cache folder (FASTSEG_CACHE, else XDG_CACHE_HOME/fas
 for which fastseg, kernels, torch and device it was made; one that was made for others, or cannot be read, is told once
 and made anew. Writers take turns and replace the file as a whole, so several processes may share it. Winners that come
 with the package, of devices that committed records were made on, stand behind the user's own.
+
+"auto" asks here when it meets a problem for the first time in a process. Where there is no winner, on a GPU the call
+is measured there and then, as torch.backends.cudnn.benchmark does; FASTSEG_TUNE=0 turns that off.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
-import math
 import os
 import platform
 import re
-import statistics
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fastseg import extension
+from fastseg.counters import first_calls
+from fastseg.measuring import MARGIN, Attempt, can_be_repeated, measure
 
-SCHEMA = 1
-SHIPPED = Path(__file__).with_name("shipped_winners")
+if TYPE_CHECKING:
+    from fastseg.dispatch import Problem
 
-# A measurement takes turns between the candidates for about this many seconds, in rounds of calls of a millisecond.
-_SECONDS, _ROUNDS, _ROUND_MS = 0.25, (7, 41), 1.0
-# A kernel has to beat native by this much in the median, and in four rounds of five, to win.
-_MARGIN = 1.02
+SCHEMA = 2
+PACKAGE = Path(__file__).parent
+SHIPPED = PACKAGE / "shipped_winners"
+# What there are kernels for.
+DEVICE_TYPES = ("cpu", "cuda")
 
 
 class Winner(NamedTuple):
@@ -42,177 +50,44 @@ class Winner(NamedTuple):
     shipped: bool = False
 
     @property
-    def margin(self) -> float:
-        """How many times native's time is the winner's; of native itself, the time of the best kernel over native's."""
-        kernels = [ms for backend, ms in self.ms.items() if backend != "native"]
-        if self.backend == "native":
-            return min(kernels, default=math.nan) / self.ms["native"]
-        return self.ms["native"] / self.ms[self.backend]
+    def margin(self) -> float | None:
+        """How many times faster than native; of native itself, how many times faster than the best kernel.
 
+        Less than 1 where a kernel was faster than native, but not reliably. None where nothing else could run it.
+        """
+        others = [ms for backend, ms in self.ms.items() if (backend == "native") != (self.backend == "native")]
+        return min(others) / self.ms[self.backend] if others else None
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether native was kept although a kernel's median was better by more than a kernel has to win by."""
+        return self.backend == "native" and self.margin is not None and self.margin * MARGIN < 1
+
+    @property
     def reason(self) -> str:
-        source = "in the records of such a device" if self.shipped else "measured here"
-        if math.isnan(self.margin):
-            return f"{source}: nothing else can run it"
-        loser = "the best kernel" if self.backend == "native" else "native"
-        return f"{source}: {self.margin:.2f}x as fast as {loser}"
+        return "measured on such a device" if self.shipped else "measured here"
 
 
-class Attempt(NamedTuple):
-    """A call that can be made on any backend, and the tensors whose gradients it may have."""
-
-    run: Callable[[str], torch.Tensor]
-    tensors: tuple[torch.Tensor | None, ...] = ()
-    repeatable: bool = True  # whether a call more leaves no trace, such as running statistics
+# Problems by name
 
 
-# Measuring
+def key(problem: Problem, tf32: bool | None = None) -> str:
+    """A problem with sizes as a line of text; `tf32`: whether cuDNN multiplies float32 so, None for as torch is set."""
+    sizes = " ".join(f"{name}={_text(value)}" for name, value in problem.geometry._asdict().items())
+    dtype = str(problem.dtype).removeprefix("torch.")
+    if problem.device_type == "cuda" and problem.dtype == torch.float32:
+        dtype = "tf32" if (_multiplies_tf32() if tf32 is None else tf32) else dtype
+    direction = "training" if problem.gradient else "inference"
+    return f"{problem.operator} {dtype} {direction} {sizes} epilogue={problem.epilogue}"
 
 
-def measure(candidates: list[str], attempt: Attempt, gradient: bool, device_type: str) -> Winner:
-    """Time `attempt` on each of `candidates`, native first among them, in turns; with its backward pass if `gradient`.
-
-    A kernel that fails where native does not cannot win.
-    """
-    calls = {backend: _call(attempt, backend, gradient) for backend in candidates}
-    repeats = {}
-    for backend, call in list(calls.items()):
-        try:
-            call()  # compiles, loads, allocates
-            repeats[backend] = max(1, math.ceil(_ROUND_MS / max(_timed_ms(call, 1, device_type), 1e-3)))
-        except RuntimeError:
-            if backend == "native":
-                raise
-            del calls[backend]
-    rounds: dict[str, list[float]] = {backend: [] for backend in calls}
-    started, done = time.perf_counter(), 0
-    while len(calls) > 1 and (
-        done < _ROUNDS[0] or (done < _ROUNDS[1] and time.perf_counter() - started < _SECONDS * len(calls))
-    ):
-        for backend in list(calls) if done % 2 else reversed(calls):
-            rounds[backend].append(_timed_ms(calls[backend], repeats[backend], device_type))
-        done += 1
-    if len(calls) == 1:
-        return Winner("native", {"native": _timed_ms(calls["native"], repeats["native"], device_type)})
-    return _judged(rounds)
+def _multiplies_tf32() -> bool:
+    conv = getattr(torch.backends.cudnn, "conv", None)  # new in torch 2.9, where the older name may raise
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
 
 
-def _judged(rounds: dict[str, list[float]]) -> Winner:
-    ms = {backend: statistics.median(times) for backend, times in rounds.items()}
-    best = min(ms, key=ms.__getitem__)
-    if best != "native":
-        ratios = sorted(n / t for n, t in zip(rounds["native"], rounds[best], strict=True))
-        sure = statistics.median(ratios) >= _MARGIN and ratios[len(ratios) // 5] > 1
-        best = best if sure else "native"
-    return Winner(best, ms)
-
-
-def _call(attempt: Attempt, backend: str, gradient: bool) -> Callable[[], object]:
-    if not gradient:
-        return lambda: attempt.run(backend)
-    wanted = [tensor for tensor in attempt.tensors if tensor is not None and tensor.requires_grad]
-
-    def forward_and_backward():
-        y = attempt.run(backend)
-        torch.autograd.grad(y, wanted, y.detach(), allow_unused=True)
-
-    return forward_and_backward
-
-
-def _timed_ms(call: Callable[[], object], repeats: int, device_type: str) -> float:
-    _wait(device_type)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    _wait(device_type)
-    return (time.perf_counter() - start) / repeats * 1e3
-
-
-def _wait(device_type: str) -> None:
-    if device_type == "cuda":
-        torch.cuda.synchronize()
-
-
-# The table of a device
-
-
-class Table:
-    """The winners of one device: the user's own, and behind them those that come with the package."""
-
-    def __init__(self, device: str, path: Path, shipped: Path):
-        self.device = device
-        self.path = path
-        self.own = self._read_own()
-        self.shipped = _read(shipped)["winners"] if shipped.exists() else {}
-        self.operators = {key.partition(" ")[0] for key in (*self.own, *self.shipped)}
-
-    def winner(self, key: str) -> Winner | None:
-        if key in self.own:
-            return Winner(**self.own[key])
-        return Winner(**self.shipped[key], shipped=True) if key in self.shipped else None
-
-    def add(self, key: str, winner: Winner) -> None:
-        self.own[key] = {"backend": winner.backend, "ms": {name: round(ms, 6) for name, ms in winner.ms.items()}}
-        self.operators.add(key.partition(" ")[0])
-
-    def save(self) -> None:
-        """Write the winners, together with those that other processes have written since; say once if it cannot."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path.with_suffix(".lock")):
-                self.own = self._read_own(quiet=True) | self.own
-                temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-                content = {"schema": SCHEMA, "made_for": made_for(self.device), "winners": self.own}
-                temporary.write_text(json.dumps(content, indent=1) + "\n")
-                temporary.replace(self.path)
-        except OSError as error:
-            _say_once(f"the winners of tuning are kept in this process only: {error}")
-
-    def _read_own(self, quiet: bool = False) -> dict[str, dict]:
-        if not self.path.exists():
-            return {}
-        try:
-            content = _read(self.path)
-            if content["made_for"] == made_for(self.device):
-                return content["winners"]
-            problem = "was made for another version of fastseg or torch, or another device"
-        except (OSError, ValueError) as error:
-            problem = f"cannot be read ({error})"
-        if not quiet:
-            _say_once(f"{self.path} {problem}: tuning starts anew")
-        return {}
-
-
-def _read(path: Path) -> dict:
-    """The content of a file of winners.
-
-    Raises ValueError where it is none.
-    """
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("winners"), dict):
-        raise ValueError("not a file of winners")
-    for key, entry in content["winners"].items():
-        if not isinstance(entry, dict) or set(entry) != {"backend", "ms"} or "native" not in entry["ms"]:
-            raise ValueError(f"no winner of {key!r}")
-    return content
-
-
-def made_for(device: str) -> dict[str, str]:
-    """What a table depends on."""
-    import fastseg
-
-    return {
-        "fastseg": fastseg.__version__,
-        "kernels": extension.BUILD.get("kernels", "none"),
-        "torch": torch.__version__,
-        "device": device,
-    }
-
-
-def cache_folder() -> Path:
-    own = os.environ.get("FASTSEG_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastseg"
+def _text(value) -> str:
+    return "(" + ",".join(map(_text, value)) + ")" if isinstance(value, (tuple, list)) else str(value)
 
 
 def device_name(device_type: str) -> str:
@@ -223,6 +98,7 @@ def device_name(device_type: str) -> str:
     return f"{_cpu_model()}{instructions}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def _cpu_model() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -235,10 +111,131 @@ def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
+# The table of a device
+
+
+class Table:
+    """The winners of one device: the user's own, and behind them those that come with the package."""
+
+    def __init__(self, device: str, path: Path, shipped: Path):
+        self.device = device
+        self.path = path
+        self.own = self._read_own()
+        self.unsaved: dict[str, dict] = {}
+        self.shipped = _read(shipped)["winners"] if shipped.exists() else {}
+        self.operators = {key.partition(" ")[0] for key in (*self.own, *self.shipped)}
+
+    def winner(self, key: str) -> Winner | None:
+        if key in self.own:
+            return Winner(**self.own[key])
+        return Winner(**self.shipped[key], shipped=True) if key in self.shipped else None
+
+    def add(self, found: dict[str, Winner]) -> None:
+        """Take winners over, in memory and into the file; say once if that cannot be written."""
+        entries = {key: {"backend": best.backend, "ms": _rounded(best.ms)} for key, best in found.items()}
+        if not entries:
+            return
+        self.own |= entries
+        self.unsaved |= entries
+        self.operators |= {key.partition(" ")[0] for key in entries}
+        try:
+            self._save()
+        except OSError as error:
+            _say_once(f"the winners of tuning are kept in this process only: {error}")
+
+    def _save(self) -> None:
+        """Write what was added, together with what other processes have written since."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path.with_suffix(".lock")):
+            everything = self._read_own(quiet=True) | self.unsaved
+            content = {"schema": SCHEMA, "made_for": made_for(self.device), "winners": everything}
+            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            temporary.replace(self.path)
+        self.own, self.unsaved = everything, {}
+
+    def _read_own(self, quiet: bool = False) -> dict[str, dict]:
+        try:
+            content = _read(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as error:
+            problem = f"cannot be read ({error})"
+        else:
+            if content["made_for"] == made_for(self.device):
+                return content["winners"]
+            problem = "was made for another version of fastseg or torch"
+        if not quiet:
+            _say_once(f"{self.path} {problem}: tuning starts anew")
+        return {}
+
+
+def _rounded(ms: dict[str, float]) -> dict[str, float]:
+    return {backend: round(value, 6) for backend, value in ms.items()}
+
+
+def _read(path: Path) -> dict:
+    """The content of a file of winners.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file, or one of an earlier form.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ValueError(f"not a file of winners of schema {SCHEMA}")
+    if not isinstance(content.get("made_for"), dict) or not isinstance(content.get("winners"), dict):
+        raise ValueError("not a file of winners")
+    for problem, entry in content["winners"].items():
+        if not _is_winner(entry):
+            raise ValueError(f"no winner of {problem!r}")
+    return content
+
+
+def _is_winner(entry) -> bool:
+    if not isinstance(entry, dict) or set(entry) != {"backend", "ms"} or not isinstance(entry["ms"], dict):
+        return False
+    times = entry["ms"].values()
+    return {"native", entry["backend"]} <= set(entry["ms"]) and all(isinstance(ms, float) and ms > 0 for ms in times)
+
+
+def made_for(device: str) -> dict[str, str]:
+    """What a table depends on."""
+    import fastseg
+
+    return {
+        "fastseg": fastseg.__version__,
+        "kernels": extension.BUILD.get("kernels", "none"),
+        "operators": _operators(),
+        "torch": torch.__version__,
+        "device": device,
+    }
+
+
+@functools.cache
+def _operators() -> str:
+    """A digest of the operators' Python sources, Triton's kernels among them."""
+    digest = hashlib.sha256()
+    for path in sorted((PACKAGE / "ops").rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    own = os.environ.get("FASTSEG_CACHE")
+    if own:
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastseg"
+    except RuntimeError:  # nobody's home: a path that cannot be written, which is told when something is to be kept
+        return Path(os.devnull) / "fastseg"
+
+
 _tables: dict[str, Table] = {}
 
 
 def table(device_type: str) -> Table:
+    """The table of the current device of a type that there are kernels for."""
     device = device_name(device_type)
     if device not in _tables:
         name = file_name(device)
@@ -270,104 +267,165 @@ def _say_once(sentence: str) -> None:
 # What "auto" asks
 
 
-_session: dict[str, Winner] | None = None
-# (operator, device type) -> whether sizes matter to calls of it; thrown away when a table or the session changes.
+# (operator, device type) -> whether sizes matter to calls of it, from the tables as they were.
 _consulted: dict[tuple[str, str], bool] = {}
-# Seconds that first calls of new problems took to measure, and how many there were; for `fastseg.info`.
-first_calls = {"problems": 0, "seconds": 0.0}
 
 
 def consulted(operator: str, device_type: str) -> bool:
     """Whether "auto" has to know the sizes of a call of `operator` to look for, or find out, its winner."""
+    if device_type not in DEVICE_TYPES:
+        return False
+    if _session is not None:
+        return True
     known = _consulted.get((operator, device_type))
     if known is None:
-        known = _session is not None or _measures_first_calls(device_type)
-        known = known or (device_type in ("cpu", "cuda") and operator in table(device_type).operators)
+        known = _measures_first_calls(device_type) or operator in table(device_type).operators
         _consulted[operator, device_type] = known
     return known
 
 
-def winner(problem, candidates: list[str], attempt: Attempt | None) -> Winner | None:
-    """The winner of a dispatch.Problem with sizes: remembered, or measured now where that is right; else None."""
+def winner(problem: Problem, candidates: Sequence[str], attempt: Attempt | None) -> Winner | None:
+    """The winner of a problem with sizes: remembered, or measured now where that is right; else None."""
     text = key(problem)
-    if _session is not None:
-        if text not in _session and attempt is not None:
-            # While it is measured its own call is no news, and those inside of it are measured first.
-            _session[text] = measure(candidates, attempt, problem.gradient, problem.device_type)
-        return _session.get(text)
+    if (threading.get_ident(), problem.device_type, text) in _in_progress:
+        # A block whose only part is the same block: its modules one by one are what is timed.
+        return Winner("native", {})
+    if tuning():
+        return _winner_of_session(problem, text, candidates, attempt)
     found = table(problem.device_type)
     known = found.winner(text)
-    if known is None and attempt is not None and may_measure_now(problem, attempt):
-        started = time.perf_counter()
-        known = measure(candidates, attempt, problem.gradient, problem.device_type)
-        first_calls["problems"] += 1
-        first_calls["seconds"] += time.perf_counter() - started
-        found.add(text, known)
-        found.save()
-    return known
+    if known is not None or attempt is None or not (is_awaited(problem) and may_measure(problem, attempt)):
+        return known
+    with _measuring:
+        return found.winner(text) or _measured_first(problem, text, candidates, attempt)
 
 
-def is_open(problem) -> bool:
-    """Whether a later call of the same problem may be measured though this one was not."""
-    if _session is not None:
-        return key(problem) not in _session
-    if not _measures_first_calls(problem.device_type):
-        return False
-    return table(problem.device_type).winner(key(problem)) is None
+# One measurement at a time, and those inside of it.
+_measuring = threading.RLock()
+_in_progress: set[tuple[int, str, str]] = set()  # (thread, device type, key)
+
+
+def _measured(problem: Problem, text: str, candidates: Sequence[str], attempt: Attempt) -> Winner:
+    name = (threading.get_ident(), problem.device_type, text)
+    with _measuring:
+        _in_progress.add(name)
+        try:
+            backend, ms, failures = measure(problem, candidates, attempt)
+        finally:
+            _in_progress.remove(name)
+    for kernel, error in failures.items():
+        if kernel != "native" and not isinstance(error, torch.OutOfMemoryError):
+            first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+            _say_once(f"{kernel} failed in {problem.operator}, so another backend runs it: {first_line}")
+    return Winner(backend, ms)
+
+
+def _is_lasting(best: Winner) -> bool:
+    """Whether to remember it: where native did not run, it may have lacked memory for once."""
+    return "native" in best.ms
+
+
+# Measuring the first call of a problem
+
+
+# Images of ever new sizes are no new problems: first calls of one layer are measured for this many of them.
+MOST_SIZES = 8
+_sizes_measured: Counter[Problem] = Counter()
+_paused = False
 
 
 def _measures_first_calls(device_type: str) -> bool:
     return device_type == "cuda" and os.environ.get("FASTSEG_TUNE", "1") != "0"
 
 
-def may_measure_now(problem, attempt: Attempt) -> bool:
-    """Whether the first call of a new problem may be measured: on a GPU, and where nobody could tell."""
-    if not _measures_first_calls(problem.device_type) or not attempt.repeatable:
+def is_awaited(problem: Problem) -> bool:
+    """Whether the first call of `problem`, whose winner is not known, is to be measured when one comes that can be."""
+    return _measures_first_calls(problem.device_type) and _sizes_measured[_of_any_size(problem)] < MOST_SIZES
+
+
+def may_measure(problem: Problem, attempt: Attempt) -> bool:
+    """Whether this call of `problem` may be measured."""
+    if _paused or not attempt.repeatable or not can_be_repeated(problem, attempt):
         return False
-    if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
-        return False
-    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    # Who wants the same results in every run does not want the clock to choose.
+    return not (torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic)
 
 
-def key(problem) -> str:
-    """A problem as a line of text."""
-    sizes = " ".join(f"{name}={_text(value)}" for name, value in problem.geometry._asdict().items())
-    dtype = str(problem.dtype).removeprefix("torch.")
-    direction = "training" if problem.gradient else "inference"
-    return f"{problem.operator} {dtype} {direction} {sizes} epilogue={problem.epilogue}"
+def _of_any_size(problem: Problem) -> Problem:
+    sizes = problem.geometry
+    return problem._replace(geometry=sizes._replace(input=sizes.input[1:2], output=()))
 
 
-def _text(value) -> str:
-    return "(" + ",".join(map(_text, value)) + ")" if isinstance(value, (tuple, list)) else str(value)
+def _measured_first(problem: Problem, text: str, candidates: Sequence[str], attempt: Attempt) -> Winner:
+    started, inside = time.perf_counter(), first_calls.seconds
+    best = _measured(problem, text, candidates, attempt)
+    # First calls inside of this one, of the modules of a block, have counted their own time.
+    first_calls.seconds += time.perf_counter() - started - (first_calls.seconds - inside)
+    first_calls.problems += 1
+    _sizes_measured[_of_any_size(problem)] += 1
+    if _is_lasting(best):
+        table(problem.device_type).add({text: best})
+    return best
 
 
 @contextlib.contextmanager
-def session() -> Iterator[dict[str, Winner]]:
-    """Measure every problem met inside, once, and remember the winners; yields them by key."""
+def unmeasured() -> Iterator[None]:
+    """First calls inside are not measured."""
+    global _paused
+    before, _paused = _paused, True
+    try:
+        yield
+    finally:
+        _paused = before
+
+
+# Measuring every problem on purpose
+
+
+class _Session(NamedTuple):
+    thread: int
+    found: dict[tuple[str, str], Winner]  # (device type, key) -> winner
+    report: Callable[[str, Winner], object]
+
+
+_session: _Session | None = None
+
+
+def tuning() -> bool:
+    """Whether this thread measures whatever it meets."""
+    return _session is not None and _session.thread == threading.get_ident()
+
+
+@contextlib.contextmanager
+def session(report: Callable[[str, Winner], object]) -> Iterator[dict[tuple[str, str], Winner]]:
+    """Measure every problem that this thread meets inside, once, whatever the tables say, and remember the winners.
+
+    Yields them by device type and key; `report` is given key and winner of each. What was found before an exception is
+    remembered as well.
+
+    Raises:
+        RuntimeError: inside another session.
+    """
     global _session
     if _session is not None:
         raise RuntimeError("fastseg.tune is running already")
-    _session = found = {}
-    forget_choices()
+    _session = _Session(threading.get_ident(), {}, report)
+    found = _session.found
     try:
         yield found
     finally:
         _session = None
-        forget_choices()
+        for device_type in sorted({device_type for device_type, _ in found}):
+            own = {text: best for (of, text), best in found.items() if of == device_type and _is_lasting(best)}
+            table(device_type).add(own)
+        _consulted.clear()
 
 
-def forget_choices() -> None:
-    """What was chosen from the tables before they changed is chosen anew."""
-    from fastseg import dispatch
-
-    _consulted.clear()
-    dispatch.forget_sized_choices()
-
-
-def remember(device_type: str, found: dict[str, Winner]) -> None:
-    """Put winners into the device's table, in memory and on disk."""
-    own = table(device_type)
-    for text, best in found.items():
-        own.add(text, best)
-    own.save()
-    forget_choices()
+def _winner_of_session(problem, text: str, candidates: Sequence[str], attempt: Attempt | None) -> Winner | None:
+    found, name = _session.found, (problem.device_type, text)
+    if name not in found and attempt is not None and can_be_repeated(problem, attempt):
+        # Problems inside of this one, of the modules of a block, come first.
+        best = _measured(problem, text, candidates, attempt)
+        found[name] = best
+        _session.report(text, best)
+    return found.get(name)

@@ -7,14 +7,22 @@ gpu.
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 # Threads that spin while they wait for others make a test last a hundred times longer on a busy machine. OpenMP reads
 # this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# What somebody has tuned on this machine is not for tests to read, let alone to write.
+CACHE = tempfile.TemporaryDirectory(prefix="fastseg-tests-")
+os.environ["FASTSEG_CACHE"] = CACHE.name
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+from fastseg import winners  # noqa: E402
 
 RUNG = os.environ.get("FASTSEG_RUNG", "cpu")
 # (backend, device) pairs of each rung.
@@ -69,6 +77,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_configure(config):
+    # Nor do they depend on the winners that come with fastseg for some devices.
+    winners.SHIPPED = Path(CACHE.name) / "shipped_winners"
     # Convolutions of float32 tensors are IEEE float32 unless a test asks for TF32.
     torch.backends.cudnn.allow_tf32 = False
     if RUNG == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":

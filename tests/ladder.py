@@ -22,6 +22,9 @@ from csrc.host.build import sanitizer_environment
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+# Independent tests, as many at a time as there are cores.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SPREAD = ["-n", str(CORES)]
 CONTRACT = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_opinfo.py", "tests/ops"]
 
 # About half of what the interpreter has to run.
@@ -51,10 +54,14 @@ def steps() -> list[Step]:
         Step(0, "lint", [sys.executable, "tests/lint.py"]),
         Step(0, "examples in docstrings and README", [*PYTEST, "tests/test_examples.py"]),
         Step(1, "reference, C++ CPU kernels, operator stack, drop-in", [
-            *PYTEST, "tests", "--ignore=tests/host", "--ignore=tests/offline", "--ignore=tests/test_examples.py",
+            *PYTEST, *SPREAD, "tests", "--ignore=tests/host", "--ignore=tests/offline",
+            "--ignore=tests/test_examples.py",
         ]),
         *(
-            Step(1, f"C++ CPU kernels, {best} at most", [*PYTEST, *CPU_KERNELS], one_core | environment, beside)
+            Step(
+                1, f"C++ CPU kernels, {best} at most", [*PYTEST, *CPU_KERNELS, "-k", "not reference"],
+                one_core | environment, beside,
+            )
             for best, beside, environment in (
                 ("avx2", False, {"FASTSEG_CPU_CAPABILITY": "avx2"}),
                 ("plain", True, {"FASTSEG_CPU_CAPABILITY": "plain"}),

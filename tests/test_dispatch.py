@@ -180,7 +180,7 @@ def test_without_the_extension_auto_is_native(monkeypatch):
     monkeypatch.setattr(extension, "MISSING", "the extension is not built")
     monkeypatch.setattr(dispatch, "_choices", {})
     choice = dispatch.choose(DEPTHWISE)
-    assert choice == ("native", "the extension is not built")
+    assert choice[:2] == ("native", "the extension is not built")
     assert torch.equal(depthwise(), torch.full((1, 4, 3, 3), 9.0))
     with pytest.raises(fastseg.BackendError, match="the extension is not built"):
         depthwise(backend="cpu")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastseg import dispatch, extension, ops, winners
+from fastseg import dispatch, extension, ops
+from fastseg.measuring import Attempt
 from fastseg.nn import folding
 from fastseg.ops.activation import apply_activation
 from fastseg.ops.arguments import ConvArguments, normalise
@@ -96,14 +97,17 @@ def to_memory_format(input: torch.Tensor, memory_format: torch.memory_format | N
 
 def folded_if_right(layer: torch.nn.Conv2d, chain: folding.Chain, input, backend: str | None) -> torch.Tensor | None:
     """`folded`, or None where it does not pay or is not right for this call."""
-    operands = folding.Operands.of(layer, chain.norm)
-    if input.is_cuda:
-        plan = _plan(layer, chain, input, operands, backend) if folding.may_fold(input, operands) else None
-        if not folding.pays(layer, input.shape, "cuda", "native" if plan is None else plan[0].backend):
-            return None
-    elif not folding.pays(layer, input.shape, input.device.type, "native"):
+    # On a GPU it depends on the kernel, which may have to be measured: only where it can matter.
+    if not folding.pays(layer, input.shape, input.device.type, "triton" if input.is_cuda else "native"):
         return None
-    return folded(layer, chain, input, operands, backend) if folding.may_fold(input, operands) else None
+    operands = folding.Operands.of(layer, chain.norm)
+    if not folding.may_fold(input, operands):
+        return None
+    if input.is_cuda:
+        plan = _plan(layer, chain, input, operands, backend)
+        if plan is None or plan[0].backend == "native":
+            return None
+    return folded(layer, chain, input, operands, backend)
 
 
 def folded(
@@ -180,6 +184,6 @@ def _plan(
                 return _apart(layer, chain, input, operands)
             return folded(layer, chain, input, operands, name)
 
-        attempt = winners.Attempt(run)
+        attempt = Attempt(run, (input, weight))
     problem = dispatch.Problem(operator, device_type, input.dtype, geometry, epilogue=norm_epilogue(chain))
     return dispatch.choose(problem, backend, attempt), arguments if operator == "dilated_conv2d" else None

@@ -20,10 +20,12 @@ Three things keep it right:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -91,6 +93,16 @@ class _Armed(threading.local):
 
 
 _armed = _Armed()
+
+
+@contextlib.contextmanager
+def disarmed() -> Iterator[None]:
+    """Chains that were armed outside fold nothing inside, where results are thrown away and nobody collects marks."""
+    outside, _armed.uncollected = _armed.uncollected, {}
+    try:
+        yield
+    finally:
+        _armed.uncollected = outside
 
 
 def _in_place(parent, name, module) -> bool:

@@ -180,8 +180,10 @@ class _Resizing:
 def _with_our_resize(original: type, backend: str | None) -> type:
     """A subclass of `original` whose forward has the same code, and another `F`."""
     forward = original.forward
+    # Without its module's name: torch.compile would look for `F` in that module.
+    seen = {name: value for name, value in forward.__globals__.items() if name != "__name__"}
     ours = types.FunctionType(
-        forward.__code__, forward.__globals__ | {"F": _Functional(backend)}, forward.__name__, forward.__defaults__,
+        forward.__code__, seen | {"F": _Functional(backend)}, forward.__name__, forward.__defaults__,
         forward.__closure__,
     )  # fmt: skip
     ours.__kwdefaults__ = forward.__kwdefaults__

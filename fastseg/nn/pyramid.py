@@ -9,18 +9,18 @@ frozen among others that are not, runs through the norm's own module.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 
-from fastseg import dispatch, winners
+from fastseg import dispatch
+from fastseg.measuring import Attempt
 from fastseg.nn import folding
 from fastseg.nn.joint_norm import joint_norm, takes_together
 from fastseg.ops.activation import apply_activation
 from fastseg.ops.batch_norm import scale_and_shift
-from fastseg.ops.convolution import call_operator, chosen, records, sized
+from fastseg.ops.convolution import call_operator, records, sized
 from fastseg.ops.geometry import POINTWISE
 from fastseg.ops.library import OVERLOADS
 
@@ -66,6 +66,13 @@ class Link(NamedTuple):
         return scale_and_shift(*operands.statistics, self.norm.eps)
 
 
+class Asked(NamedTuple):
+    """What dispatch is asked about a call of a block, and whether all norms are folded in it."""
+
+    problem: dispatch.Problem
+    folds: bool
+
+
 class Pyramid(NamedTuple):
     """The parts of atrous spatial pyramid pooling."""
 
@@ -81,6 +88,10 @@ class Pyramid(NamedTuple):
     def run(self, input, backend: str | None, apart: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """The result, or None where the modules have to run one by one, as `apart` does."""
         return run_pyramid(self, input, backend, apart)
+
+    def asks(self, input: torch.Tensor) -> Asked | None:
+        """None where the modules have to run one by one, whatever dispatch says."""
+        return _ask_pyramid(self, input)
 
     def describe(self) -> str:
         kind = "separable ASPP" if any(len(branch) == 2 for branch in self.branches) else "ASPP"
@@ -100,6 +111,10 @@ class Separable(NamedTuple):
         """The result, or None where the modules have to run one by one, as `apart` does."""
         return run_separable(self.first, self.second, input, backend, apart, self.adds_input)
 
+    def asks(self, input: torch.Tensor) -> Asked | None:
+        """None where the modules have to run one by one, whatever dispatch says."""
+        return _ask_separable(self.first, self.second, input, self.adds_input)
+
     def describe(self) -> str:
         return "separable convolution"
 
@@ -108,37 +123,29 @@ def run_separable(
     first: Link, second: Link, input, backend: str | None, apart: Callable[[], torch.Tensor], adds_input: bool = False
 ) -> torch.Tensor | None:
     """second(first(input)), and perhaps the input added, or None where the modules run one by one, as `apart` does."""
-    if _looked_at((first, second)) or not isinstance(input, torch.Tensor) or input.dim() != 4:
+    asked = _ask_separable(first, second, input, adds_input)
+    if asked is None:
         return None
-    dense = first.conv
-    if dense.padding_mode != "zeros" or isinstance(dense.padding, str) or not _one_dtype(input, (first, second)):
-        return None
-    folds = first.folds(input) and second.folds(input)
-    if not folds and first.norm is not None:
-        return None  # its statistics are those of the whole batch
-    channels, outputs = second.conv.in_channels, second.conv.out_channels
-    detail = (_sizes(first), _sizes(second), adds_input)
 
-    def whole(name, apart):
-        return run_separable(first, second, input, name, apart, adds_input)
+    def run(name):
+        return apart() if name == "native" else run_separable(first, second, input, name, apart, adds_input)
 
-    given = _attempted("separable_conv2d", (first, second), folds, input, detail, whole, apart)
-    unmeasured = given[0] is None and not folds and input.is_cpu and backend is None
-    if unmeasured and dispatch.pointwise_trains_on_native(channels, outputs):
+    folds = asked.folds
+    choice = dispatch.choose(asked.problem, backend, _attempt(asked.problem, run, input, (first, second)))
+    unmeasured = choice.margin is None and backend is None and not folds and input.is_cpu
+    if choice.backend == "native" or (
+        unmeasured and dispatch.pointwise_trains_on_native(second.conv.in_channels, second.conv.out_channels)
+    ):
         return None
-    choice, refusal = chosen("separable_conv2d", input, backend, *given)
-    if refusal is not None:
-        raise refusal
-    if choice.backend == "native":
-        return None
-    rows, columns = dense.padding
-    geometry = (dense.stride, (rows, rows, columns, columns), dense.dilation)
-    weights = (dense.weight, second.conv.weight)
+    depthwise = first.conv
+    rows, columns = depthwise.padding
+    geometry = (depthwise.stride, (rows, rows, columns, columns), depthwise.dilation)
+    weights = (depthwise.weight, second.conv.weight)
     if folds:
         scales, shifts = zip(first.vectors(), second.vectors(), strict=True)
         last = second.activation
     else:
-        scales, shifts, last = (None, None), (dense.bias, second.conv.bias), "none"
+        scales, shifts, last = (None, None), (depthwise.bias, second.conv.bias), "none"
         if second.norm is None:
             last = second.activation
     y = call_operator(
@@ -150,10 +157,39 @@ def run_separable(
     return y + input if adds_input else y
 
 
+def _ask_separable(first: Link, second: Link, input, adds_input: bool) -> Asked | None:
+    links, depthwise = (first, second), first.conv
+    if _looked_at(links) or not isinstance(input, torch.Tensor) or input.dim() != 4:
+        return None
+    if depthwise.padding_mode != "zeros" or isinstance(depthwise.padding, str) or not _one_dtype(input, links):
+        return None
+    folds = first.folds(input) and second.folds(input)
+    if not folds and first.norm is not None:
+        return None  # its statistics are those of the whole batch
+    return Asked(_problem("separable_conv2d", links, folds, input, adds_input), folds)
+
+
 def run_pyramid(pyramid: Pyramid, input, backend: str | None, apart: Callable[[], torch.Tensor]) -> torch.Tensor | None:
     """The pyramid's result, or None where its modules have to run one by one, as `apart` does."""
-    links = [link for branch in pyramid.branches for link in branch]
-    ends = [link for link in (pyramid.pool, pyramid.project) if link is not None]
+    asked = _ask_pyramid(pyramid, input)
+    if asked is None:
+        return None
+
+    def run(name):
+        return apart() if name == "native" else run_pyramid(pyramid, input, name, apart)
+
+    links = [*_branch_links(pyramid), *_ends(pyramid)]
+    choice = dispatch.choose(asked.problem, backend, _attempt(asked.problem, run, input, links, pyramid.dropout))
+    if choice.backend == "native":
+        return None
+    y = _branches(pyramid, asked.problem.operator, input, choice.backend, asked.folds)
+    if pyramid.project is not None:
+        y = _project(pyramid, y, input, choice.backend)
+    return y if pyramid.dropout is None else pyramid.dropout(y)
+
+
+def _ask_pyramid(pyramid: Pyramid, input) -> Asked | None:
+    links, ends = _branch_links(pyramid), _ends(pyramid)
     if not isinstance(input, torch.Tensor) or input.dim() != 4 or input.numel() == 0:
         return None
     if _looked_at((*links, *ends)) or not _one_dtype(input, (*links, *ends)):
@@ -164,39 +200,38 @@ def run_pyramid(pyramid: Pyramid, input, backend: str | None, apart: Callable[[]
     folds = all(link.folds(input) for link in links)
     if not folds and any(branch[0].norm is not None for branch in pyramid.branches if len(branch) == 2):
         return None  # a norm in the middle of a branch needs the statistics of the whole batch
-    detail = (*map(_sizes, (*links, *ends)), pyramid.reduction)
-    whole = functools.partial(run_pyramid, pyramid, input)
-    given = _attempted(operator, (*links, *ends), folds, input, detail, whole, apart)
-    choice, refusal = chosen(operator, input, backend, *given)
-    if refusal is not None:
-        raise refusal
-    if choice.backend == "native":
-        return None
-    y = _branches(pyramid, operator, input, choice.backend, folds)
-    if pyramid.project is not None:
-        y = _project(pyramid, y, input, choice.backend)
-    return y if pyramid.dropout is None else pyramid.dropout(y)
+    return Asked(_problem(operator, (*links, *ends), folds, input, pyramid.reduction), folds)
+
+
+def _branch_links(pyramid: Pyramid) -> list[Link]:
+    return [link for branch in pyramid.branches for link in branch]
+
+
+def _ends(pyramid: Pyramid) -> list[Link]:
+    return [link for link in (pyramid.pool, pyramid.project) if link is not None]
+
+
+def _problem(operator: str, links, folds: bool, input: torch.Tensor, kind) -> dispatch.Problem:
+    """A call of a block that is made of `links`; `kind` is what else decides its time."""
+    sizes = sized(operator, input, (), (*map(_sizes, links), kind))
+    gradient = sizes is not None and records((input, *(link.conv.weight for link in links)))
+    epilogue = "norm" if folds and any(link.norm is not None for link in links) else "none"
+    return dispatch.Problem(operator, input.device.type, input.dtype, sizes, gradient, epilogue)
 
 
 def _sizes(link: Link) -> tuple:
     conv = link.conv
-    return (*conv.weight.shape, conv.stride, conv.padding, conv.dilation)
+    normed = "none" if link.norm is None else "norm"
+    return (*conv.weight.shape, conv.stride, conv.padding, conv.dilation, normed, link.activation)
 
 
-def _attempted(operator, links, folds: bool, input, detail, whole: Callable, apart: Callable):
-    """The arguments of `chosen` behind the backend: sizes, gradient, epilogue and the call itself."""
-    sizes = sized(operator, input, detail)
-    if sizes is None:
-        return (None,)
-    gradient = records((input, *(link.conv.weight for link in links)))
-
-    def run(name):
-        return apart() if name == "native" else whole(name, apart)
-
+def _attempt(problem, run: Callable[[str], torch.Tensor], input, links, dropout=None) -> Attempt | None:
+    if problem.geometry is None:
+        return None
     tensors = (input, *(tensor for link in links for tensor in (link.conv.weight, link.conv.bias)))
-    repeatable = not any(link.norm is not None and link.norm.training for link in links)
-    epilogue = "norm" if folds and any(link.norm is not None for link in links) else "none"
-    return sizes, gradient, epilogue, winners.Attempt(run, tensors, repeatable)
+    changing = [link.norm for link in links if link.norm is not None]
+    changing += [] if dropout is None else [dropout]
+    return Attempt(folding.disarmed()(run), tensors, repeatable=not any(module.training for module in changing))
 
 
 def _operator(pyramid: Pyramid) -> str | None:

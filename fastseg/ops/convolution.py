@@ -6,6 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastseg import dispatch, winners
+from fastseg.measuring import Attempt
 from fastseg.ops.activation import check_activation
 from fastseg.ops.arguments import ConvArguments, normalise
 from fastseg.ops.geometry import output_size
@@ -31,8 +32,10 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
                     operator, input, weight, bias, stride, padding, dilation, groups, activation, name
                 )
 
-            attempt = winners.Attempt(run, (input, weight, bias))
-        choice, refusal = chosen(operator, input, backend, geometry, gradient, activation, attempt)
+            attempt = Attempt(run, (input, weight, bias))
+        dtype = arithmetic_dtype(input)
+        problem = dispatch.Problem(operator, input.device.type, dtype, geometry, gradient, activation)
+        choice, refusal = chosen(problem, backend, attempt)
     if choice is not None and choice.backend == "native":
         dispatch.count_native(operator, choice.reason)
         return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
@@ -49,19 +52,12 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
     return y if arguments.batched else y.squeeze(0)
 
 
-def chosen(
-    operator: str, input: torch.Tensor, backend: str | None, geometry=None, gradient: bool = False,
-    epilogue: str = "none", attempt: winners.Attempt | None = None, dtype: torch.dtype | None = None,
-):  # fmt: skip
-    """The backend for `operator` on `input`, and None; or None, and the error to raise if the arguments are right.
+def chosen(problem: dispatch.Problem, backend: str | None, attempt: Attempt | None):
+    """The backend for `problem`, and None; or None, and the error to raise if the arguments are right.
 
-    A mistake in the arguments is told first, in PyTorch's words. `dtype` is that of the arithmetic, None for what
-    convolutions take under autocast.
+    A mistake in the arguments is told first, in PyTorch's words.
     """
     try:
-        device_type = input.device.type
-        dtype = arithmetic_dtype(input) if dtype is None else dtype
-        problem = dispatch.Problem(operator, device_type, dtype, geometry, gradient, epilogue)
         return dispatch.choose(problem, backend, attempt), None
     except dispatch.BackendError as error:
         return None, error
@@ -75,30 +71,31 @@ def arithmetic_dtype(input: torch.Tensor) -> torch.dtype:
     return dtype
 
 
-def sized(operator: str, input: torch.Tensor, detail: tuple) -> dispatch.Sizes | None:
+def sized(operator: str, input: torch.Tensor, output: tuple, detail: tuple) -> dispatch.Sizes | None:
     """The sizes of a call that is not one convolution, where "auto" looks at them."""
     if torch.compiler.is_compiling() or not winners.consulted(operator, input.device.type):
         return None
-    return dispatch.Sizes(tuple(input.shape), detail, input.stride(1) == 1)
+    return dispatch.Sizes(tuple(input.shape), output, detail, input.stride(1) == 1)
 
 
 def chosen_by_size(
-    operator: str, input: torch.Tensor, backend: str | None, detail: tuple, tensors: tuple, run, dtype=None
-) -> dispatch.Choice:
+    operator: str, input: torch.Tensor, backend: str | None, detail: tuple, tensors: tuple, run, *,
+    output: tuple = (), dtype: torch.dtype | None = None,
+) -> dispatch.Choice:  # fmt: skip
     """The backend for a call that is not one convolution, and that `run(name)` makes on any backend.
 
-    Its time depends on `input`'s shape, on `detail`, and on whether one of `tensors` wants a gradient.
+    Its time depends on `input`'s shape, that of the `output` where the image's size changes, on `detail`, and on
+    whether one of `tensors` wants a gradient. `dtype` is that of the arithmetic, None for what convolutions take under
+    autocast.
 
     Raises:
         BackendError: the backend named cannot run it.
     """
-    sizes = sized(operator, input, detail)
-    attempt = None if sizes is None else winners.Attempt(run, tensors)
+    sizes = sized(operator, input, output, detail)
+    attempt = None if sizes is None else Attempt(run, tensors)
     gradient = sizes is not None and records(tensors)
-    choice, refusal = chosen(operator, input, backend, sizes, gradient, "none", attempt, dtype)
-    if refusal is not None:
-        raise refusal
-    return choice
+    dtype = arithmetic_dtype(input) if dtype is None else dtype
+    return dispatch.choose(dispatch.Problem(operator, input.device.type, dtype, sizes, gradient), backend, attempt)
 
 
 def call_operator(overload, tensors, *args):

@@ -88,8 +88,9 @@ def aspp(
             activation=activation, reduction=reduction, pooling=pooling, backend=name,
         )  # fmt: skip
 
-    sizes = (*(tuple(w.shape) for w in weights), *dilations, reduction, project_weight is None)
-    choice = chosen_by_size("aspp_branches", x, backend, sizes, (x, *weights), run)
+    ends = (pool_weight, pool_bias, project_weight, project_bias)
+    detail = (*map(shape_of, (*weights, pool_weight, project_weight)), *dilations, activation, reduction)
+    choice = chosen_by_size("aspp_branches", x, backend, detail, (x, *weights, *biases, *ends), run)
     if choice.backend == "native":
         dispatch.count_native("aspp_branches", choice.reason)
         y = _native_branches(x, weights, biases, dilations, activation, reduction)
@@ -130,6 +131,10 @@ def check_branches(input, weights, biases, dilations, reduction: str) -> None:
     if reduction == "sum" and len({weight.shape[0] for weight in weights}) > 1:
         raise RuntimeError(f"expected branches of one width, but got {[weight.shape[0] for weight in weights]}")
     check_alike(input, *weights)
+
+
+def shape_of(weight: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if weight is None else tuple(weight.shape)
 
 
 def check_vector(name: str, bias, weight) -> None:

@@ -57,7 +57,7 @@ def upsample_bilinear2d(
     if outputs is None or not isinstance(align_corners, (bool, type(None))):
         return native.upsample_bilinear2d(input, size, scale_factor, align_corners)
     choice = _choose(
-        "upsample_bilinear2d", input, backend, (*outputs, str(scale_factor), bool(align_corners)), (input,),
+        "upsample_bilinear2d", input, backend, outputs, (scale_factor is None, bool(align_corners)), (input,),
         lambda name: upsample_bilinear2d(input, size, scale_factor, align_corners, backend=name),
     )  # fmt: skip
     if choice.backend == "native":
@@ -110,7 +110,7 @@ def upsample_argmax(
     if dtype == torch.uint8 and logits.shape[1] > 256:
         raise ValueError(f"expected at most 256 classes for labels in torch.uint8, but got {logits.shape[1]}")
     choice = _choose(
-        "upsample_argmax", logits, backend, (*outputs, bool(align_corners)), (),
+        "upsample_argmax", logits, backend, outputs, (str(dtype), bool(align_corners)), (),
         lambda name: upsample_argmax(logits, size, align_corners=align_corners, dtype=dtype, backend=name),
     )  # fmt: skip
     if choice.backend == "native":
@@ -170,8 +170,7 @@ def upsample_cross_entropy(
     if not _is_plain_loss(logits, target, *options):
         return native.cross_entropy(logits, target, *options)
     choice = _choose(
-        "upsample_cross_entropy", logits, backend, (*target.shape[1:], reduction, bool(align_corners)),
-        (logits,),
+        "upsample_cross_entropy", logits, backend, target.shape[1:], (reduction, bool(align_corners)), (logits,),
         lambda name: upsample_cross_entropy(
             logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners, backend=name
         ),
@@ -191,8 +190,10 @@ def upsample_cross_entropy(
     return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
 
 
-def _choose(operator, input, backend, detail: tuple, tensors: tuple, run) -> dispatch.Choice:
-    choice = chosen_by_size(operator, input, backend, detail, tensors, run, input.dtype)
+def _choose(operator, input, backend, output: Sequence[int], detail: tuple, tensors: tuple, run) -> dispatch.Choice:
+    choice = chosen_by_size(
+        operator, input, backend, detail, tensors, run, output=tuple(output), dtype=input.dtype
+    )  # fmt: skip
     if choice.backend == "native":
         dispatch.count_native(operator, choice.reason)
     return choice

@@ -77,8 +77,9 @@ def separable_conv2d(
             backend=name,
         )  # fmt: skip
 
-    sizes = (*depthwise_weight.shape, *pointwise_weight.shape[:1], arguments.stride, arguments.dilation)
-    choice = chosen_by_size("separable_conv2d", arguments.input, backend, sizes, tensors, run)
+    geometry = map(tuple, (arguments.stride, arguments.padding, arguments.dilation))
+    detail = (*depthwise_weight.shape, *pointwise_weight.shape[:1], *geometry, depthwise_activation, activation)
+    choice = chosen_by_size("separable_conv2d", arguments.input, backend, detail, tensors, run)
     if choice.backend == "native":
         dispatch.count_native("separable_conv2d", choice.reason)
         return _native(*tensors, stride, padding, dilation, groups, depthwise_activation, activation)

@@ -8,7 +8,7 @@ import torch
 
 from fastseg import dispatch
 from fastseg.ops.activation import check_activation
-from fastseg.ops.aspp import aspp, check_alike, check_branches, check_vector, join_biases, project
+from fastseg.ops.aspp import aspp, check_alike, check_branches, check_vector, join_biases, project, shape_of
 from fastseg.ops.convolution import call_operator, chosen_by_size
 from fastseg.ops.geometry import same_padding
 from fastseg.ops.library import OVERLOADS
@@ -61,12 +61,12 @@ def separable_aspp(
     """
     check_activation(depthwise_activation)
     check_activation(activation)
-    branches = len(pointwise_weights)
-    depthwise_biases = [None] * branches if depthwise_biases is None else depthwise_biases
-    pointwise_biases = [None] * branches if pointwise_biases is None else pointwise_biases
+    count = len(pointwise_weights)
+    depthwise_biases = [None] * count if depthwise_biases is None else depthwise_biases
+    pointwise_biases = [None] * count if pointwise_biases is None else pointwise_biases
     check_branches(input, pointwise_weights, pointwise_biases, dilations, "concat")
     plain = _check_depthwise(input, depthwise_weights, depthwise_biases, pointwise_weights)
-    if plain == branches:
+    if plain == count:
         return aspp(
             input, pointwise_weights, pointwise_biases, dilations, pool_weight, pool_bias, project_weight, project_bias,
             activation=activation, pooling=pooling, backend=backend,
@@ -80,8 +80,13 @@ def separable_aspp(
             pooling=pooling, backend=name,
         )  # fmt: skip
 
-    sizes = (*(tuple(w.shape) for w in pointwise_weights), *dilations, plain, project_weight is None)
-    choice = chosen_by_size("separable_aspp_branches", x, backend, sizes, (x, *pointwise_weights), run)
+    branches = (*depthwise_weights, *pointwise_weights)
+    detail = (
+        *map(shape_of, (*branches, pool_weight, project_weight)), *dilations, depthwise_activation, activation
+    )  # fmt: skip
+    ends = (pool_weight, pool_bias, project_weight, project_bias)
+    tensors = (x, *branches, *depthwise_biases, *pointwise_biases, *ends)
+    choice = chosen_by_size("separable_aspp_branches", x, backend, detail, tensors, run)
     if choice.backend == "native":
         dispatch.count_native("separable_aspp_branches", choice.reason)
         y = _native_branches(

@@ -1,0 +1,136 @@
+"""What `fastseg.explain` found, as data, as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+
+
+@dataclasses.dataclass
+class Row:
+    """One convolution layer with one input shape."""
+
+    name: str
+    input: tuple[int, ...]  # [N, C, H, W]
+    output: tuple[int, ...]  # [N, K, P, Q]
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    kernel: str  # the backend that runs it
+    reason: str  # why that one
+    margin: float | None  # where it was measured: how many times faster than native; native itself, than the kernels
+    fold: str  # the norm and activation it applies as well, and where
+    ms: float
+    native_ms: float  # native in the faster of its two layouts, with the same norm and activation
+    live_taps: float  # share of (output, tap) pairs that lie inside the image
+    megabytes: float  # input, weight and output, once each
+    gflop: float  # of live taps
+    bound_ms: float  # the larger of the time to move the bytes and the time to do the arithmetic
+    calls: int
+
+    @property
+    def share_of_bound(self) -> float:
+        return self.bound_ms / self.ms
+
+
+@dataclasses.dataclass
+class Report:
+    """What `fastseg.explain` found; str() is a table, `.to_json()` the same as JSON text."""
+
+    model: str
+    accelerated: bool
+    device: str
+    dtype: str
+    bandwidth: float  # bytes a second
+    rate: float  # floating-point operations a second
+    rows: list[Row]
+    fused: list[str]  # modules that can run as a whole, and on what; their convolutions are timed one by one above
+    resizes: list[str]  # modules that resize bilinearly, and on what
+    warnings: list[str]
+
+    @property
+    def ms(self) -> float:
+        return sum(row.ms * row.calls for row in self.rows)
+
+    @property
+    def native_ms(self) -> float:
+        return sum(row.native_ms * row.calls for row in self.rows)
+
+    def to_json(self) -> str:
+        rows = [dataclasses.asdict(row) | {"share_of_bound": row.share_of_bound} for row in self.rows]
+        totals = {"ms": self.ms, "native_ms": self.native_ms}
+        return json.dumps(dataclasses.asdict(self) | totals | {"rows": rows}, indent=2)
+
+    def __str__(self) -> str:
+        return "\n".join([self._title(), "", *_table(self.rows), "", *self._summary()])
+
+    def _title(self) -> str:
+        state = "accelerated" if self.accelerated else "not accelerated; this is what fastseg.accelerate would do"
+        return f"{self.model} ({state}), {self.dtype} on {self.device}"
+
+    def _summary(self) -> list[str]:
+        lines = []
+        if self.rows:
+            lines.append(
+                f"{len(self.rows)} convolutions: {self.ms:.2f} ms, native {self.native_ms:.2f} ms in the faster layout "
+                f"of each, {self.native_ms / self.ms:.2f}x"
+            )
+        for (kernel, reason), count in Counter((row.kernel, row.reason) for row in self.rows).most_common():
+            lines.append(f"{count} on {kernel}: {reason}")
+        lines.append(
+            f"bound: the slower of {self.bandwidth / 1e9:.1f} GB/s (measured by a copy) and {self.rate / 1e9:.0f} "
+            "GFLOP/s (measured by a matrix product); more than 100 % means that the tensors stay in a cache"
+        )
+        lines += [f"fused: {line}" for line in self.fused]
+        lines += [f"resize: {line}" for line in self.resizes]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return lines
+
+
+def _table(rows: list[Row]) -> list[str]:
+    if not rows:
+        return ["no convolutions"]
+    columns = ("ms", "native ms", "ratio", "live", "MB", "of bound")
+    head = ["layer", "input", "convolution", "kernel", "margin", *columns, "folds"]
+    lines = [head, *map(_cells, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    right = range(4, 5 + len(columns))
+    padded = [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return [padded[0], "-" * max(map(len, padded)), *padded[1:]]
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+def _cells(row: Row) -> list[str]:
+    """One line of the table."""
+    repeated = f" x{row.calls}" if row.calls > 1 else ""
+    convolution = "x".join(map(str, row.kernel_size))
+    for letter, (vertical, horizontal) in (("s", row.stride), ("d", row.dilation)):
+        if (vertical, horizontal) != (1, 1):
+            convolution += f" {letter}{vertical}" if vertical == horizontal else f" {letter}{vertical},{horizontal}"
+    if row.groups > 1:
+        convolution += f" g{row.groups}"
+    return [
+        row.name + repeated,
+        "x".join(map(str, row.input)),
+        f"{convolution} -> {row.output[1]}",
+        row.kernel,
+        "" if row.margin is None else times(row.margin),
+        f"{row.ms:.3f}",
+        f"{row.native_ms:.3f}",
+        times(row.native_ms / row.ms),
+        f"{100 * row.live_taps:.0f} %",
+        f"{row.megabytes:.2f}",
+        f"{100 * row.share_of_bound:.0f} %",
+        row.fold,
+    ]
