@@ -15,7 +15,7 @@ import torch
 
 import fastseg
 from benchmarks import timing
-from benchmarks.row import BASELINE_ERROR, COMPILERS, LAYOUTS, Candidate, Cost
+from benchmarks.row import BASELINE_ERROR, COMPILERS, LAYOUTS, Candidate, Cost, compiled
 from fastseg import dispatch
 from fastseg.ops.head import native
 from fastseg.testing import (
@@ -31,6 +31,13 @@ OPERATORS = {
     "loss": "upsample_cross_entropy",
     "labels": "upsample_argmax",
     "resize": "upsample_bilinear2d",
+}
+# What decides the time of a call beside its sizes, as the operators tell dispatch: no scale factor, int64 labels, the
+# mean; corners are not aligned.
+DETAILS = {
+    "upsample_cross_entropy": ("mean", False),
+    "upsample_argmax": (str(torch.int64), False),
+    "upsample_bilinear2d": (True, False),
 }
 DIRECTIONS = {"loss": ("forward+backward",), "labels": ("inference",), "resize": ("forward", "backward")}
 IGNORED = 255
@@ -128,10 +135,10 @@ class HeadWorkload:
         auto = dispatch.choose(problem, "auto")
         found = self.natives()
         for name, mode in COMPILERS.items():
-            compiled = torch.compile(eager, dynamic=False, mode=mode)
-            found.append(Candidate(name, "compile", "channels_last", compiled, "inductor"))
+            function = compiled(eager, mode)
+            found.append(Candidate(name, "compile", "channels_last", function, "inductor"))
         for name, layout in (("fastseg", "channels_last"), ("fastseg NCHW", "NCHW")):
-            found.append(Candidate(name, "fastseg", layout, _fastseg(case, "auto"), *auto))
+            found.append(Candidate(name, "fastseg", layout, _fastseg(case, "auto"), auto.backend, auto.reason))
         for backend in ("cpu", "triton", "cuda"):
             interpreted = backend == "triton" and self.device == "cpu"
             if backend != auto.backend and not interpreted and dispatch.reason_not(backend, problem) is None:

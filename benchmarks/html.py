@@ -10,7 +10,7 @@ from benchmarks import table
 # Columns of words; the others are numbers.
 _WORDS = {
     "row", "kind", "direction", "shape", "layout", "bound", "kernel", "candidate", "result", "target",
-    "backend and why it was chosen", "kernels",
+    "backend and why it was chosen", "kernels", "commit", "made", "torch", "geometric means over native",
 }  # fmt: skip
 
 

@@ -121,7 +121,8 @@ class ModuleWorkload:
         counted = self.counts(direction)
         itemsize = self.dtype.itemsize
         x, parameters = math.prod(counted.input) * itemsize, counted.parameters * itemsize
-        y = math.prod(counted.features[-1].shape) * itemsize if counted.features else 0
+        output = counted.features[-1].shape if counted.features else counted.rows[-1].output
+        y = math.prod(output) * itemsize
         forward = Cost(x + parameters + y, 2 * counted.macs_live)
         if direction != TRAINING:
             return forward

@@ -33,11 +33,15 @@ from pathlib import Path
 
 import torch
 
+from fastseg import winners
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # The record's lists of rows, in the order they are shown in.
 KINDS = ("networks", "blocks", "operators")
+# Why rows that another run can make good were left out.
+SPENT = "the time budget was spent"
 
 
 def kernel_files(root: Path = ROOT) -> list[Path]:
@@ -125,9 +129,13 @@ def load(path: Path) -> dict:
 
 
 def finish(record: dict) -> None:
-    """Note the end, and how busy the machine was: more than its threads can account for means that others ran too."""
+    """Note the end, and how busy the machine was: more than its threads can account for means that others ran too.
+
+    A run that left rows out for want of time is not finished.
+    """
     record["machine"]["load_at_end"] = _load()
-    record["finished"] = _now()
+    if all(skipped["reason"] != SPENT for skipped in record["skipped"]):
+        record["finished"] = _now()
 
 
 def rows(record: dict) -> list[dict]:
@@ -182,6 +190,7 @@ def _git(*arguments: str) -> str | None:
 def machine(device: str) -> dict:
     """Hardware and versions, without names of hosts or users."""
     facts = {
+        "device": winners.device_name("cpu" if device == "cpu" else "cuda"),
         "cpu": _cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -74,7 +74,7 @@ def _summary(record: dict) -> str:
             "geometric mean over native's better layout; "
             f"best {s.best[0]:.2f}x ({s.best[1]}), worst {s.worst[0]:.2f}x ({s.worst[1]})"
         )
-        cards.append(card(f"{s.title}, {s.rows} rows", f"{s.geometric_mean:.2f}x", text))
+        cards.append(card(f"{s.title}, {s.rows} row{'s' * (s.rows > 1)}", f"{s.geometric_mean:.2f}x", text))
     parts = [f'<div class="cards">{"".join(cards)}</div>']
     if slower:
         lines = [[cell(identity), *html.ratio_cells(ratio)] for identity, ratio in slower]

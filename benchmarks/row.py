@@ -100,6 +100,18 @@ def dtype_of(name: str) -> torch.dtype | str:
     return name if name == AUTOCAST else getattr(torch, name)
 
 
+def compiled(function: Callable, mode: str | None) -> Callable:
+    """`function` in one of COMPILERS' modes, from its first call on: making it takes seconds, and it may be skipped."""
+    made: list[Callable] = []
+
+    def call(*tensors):
+        if not made:
+            made.append(torch.compile(function, dynamic=False, mode=mode))
+        return made[0](*tensors)
+
+    return call
+
+
 def identity(case: str, direction: str, dtype: str) -> str:
     return f"{case}/{direction}/{dtype}"
 

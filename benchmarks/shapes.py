@@ -20,7 +20,7 @@ CLASSES = ("background", *TEXTURES)
 COLOURS = ((32, 32, 40), (230, 75, 60), (245, 160, 40), (235, 220, 90), (60, 130, 230), (70, 190, 200), (150, 100, 220))
 
 SIDE = 2  # shapes a picture along each axis
-BLOTCHED = 0.2  # the share of shapes that are blotched
+BLOTCHED = 0.15  # the share of shapes that are blotched
 NOISE = 0.05  # standard deviation; colours are in 0 ... 1
 AT_ONCE = 16  # pictures: few enough for a cache
 
@@ -47,7 +47,7 @@ def _make(count, size, generator):
     for cell in range(SIDE**2):
         # Somewhere in its cell of the picture, so that shapes cover each other and leave the picture a little.
         row, column = (size * (k + uniform(0.3, 0.7)) / SIDE for k in divmod(cell, SIDE))
-        radius, angle = uniform(0.26 * size / SIDE, 0.44 * size / SIDE), uniform(0, 2 * math.pi)
+        radius, angle = uniform(0.32 * size / SIDE, 0.48 * size / SIDE), uniform(0, 2 * math.pi)
         u, v = _turned(x - column, y - row, angle)
         outline = integers(len(OUTLINES))
         inside = _choose(outline, _outlines(u / radius, v / radius))

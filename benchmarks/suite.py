@@ -16,7 +16,6 @@ from benchmarks.selection import LONGEST_ROW_SECONDS, WEIGHTS, Compiling, Settin
 # The share of the budget for the cost of a call. Half of a row's share goes into timing; gates, warm-up and memory take
 # the rest.
 OVERHEAD_SHARE, TIMING_SHARE = 0.01, 0.5
-SPENT = "the time budget was spent"
 
 
 def run(settings: Settings, out: TextIO, keep: Callable[[dict], None], begun: dict | None = None) -> dict:
@@ -64,7 +63,7 @@ def _run_steps(settings, steps, found, end, out, keep):
     for number, step in enumerate(steps):
         left = end - time.perf_counter()
         if left <= 0:
-            found["skipped"].append({"id": step.id, "reason": SPENT})
+            found["skipped"].append({"id": step.id, "reason": record.SPENT})
             bar.end(None, measured=False)
             continue
         bar.begin(step.id)

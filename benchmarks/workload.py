@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import fastseg
 from benchmarks import timing
 from benchmarks.cases import ConvCase
-from benchmarks.row import BASELINE_ERROR, COMPILERS, LAYOUTS, Candidate, Cost
+from benchmarks.row import BASELINE_ERROR, COMPILERS, LAYOUTS, Candidate, Cost, compiled
 from fastseg import dispatch
 from fastseg.ops.conv2d import operator_of
 from fastseg.ops.geometry import live_outputs, output_size
@@ -65,8 +65,8 @@ class ConvWorkload:
         """Native in both layouts, torch.compile twice, fastseg under "auto" in `layouts`, every other kernel."""
         found = self.natives()
         for name, mode in COMPILERS.items():
-            compiled = torch.compile(self._native, dynamic=False, mode=mode)
-            found.append(Candidate(name, "compile", "channels_last", compiled, "inductor"))
+            function = compiled(self._native, mode)
+            found.append(Candidate(name, "compile", "channels_last", function, "inductor"))
         for layout in layouts:
             problem = self.problem(layout)
             choice = dispatch.choose(problem, "auto")

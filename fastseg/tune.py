@@ -38,9 +38,7 @@ class Tuned:
         text = f"{calls}, {ours} won by fastseg's kernels, on {self.device}; kept in {self.path}"
         doubtful = sum(best.in_doubt for best in self.winners.values())
         if doubtful:
-            text += (
-                f"\n{doubtful} on native though a kernel was faster, not reliably: tune again while nothing else runs"
-            )
+            text += f"\n{doubtful} on native though a kernel was faster, not reliably: tune while nothing else runs"
         return text
 
 

@@ -132,7 +132,7 @@ class Table:
 
     def add(self, found: dict[str, Winner]) -> None:
         """Take winners over, in memory and into the file; say once if that cannot be written."""
-        entries = {key: {"backend": best.backend, "ms": _rounded(best.ms)} for key, best in found.items()}
+        entries = {key: entry(best) for key, best in found.items()}
         if not entries:
             return
         self.own |= entries
@@ -170,8 +170,9 @@ class Table:
         return {}
 
 
-def _rounded(ms: dict[str, float]) -> dict[str, float]:
-    return {backend: round(value, 6) for backend, value in ms.items()}
+def entry(best: Winner) -> dict:
+    """A winner as files have it."""
+    return {"backend": best.backend, "ms": {backend: round(value, 6) for backend, value in best.ms.items()}}
 
 
 def _read(path: Path) -> dict:
@@ -186,17 +187,17 @@ def _read(path: Path) -> dict:
         raise ValueError(f"not a file of winners of schema {SCHEMA}")
     if not isinstance(content.get("made_for"), dict) or not isinstance(content.get("winners"), dict):
         raise ValueError("not a file of winners")
-    for problem, entry in content["winners"].items():
-        if not _is_winner(entry):
+    for problem, found in content["winners"].items():
+        if not _is_winner(found):
             raise ValueError(f"no winner of {problem!r}")
     return content
 
 
-def _is_winner(entry) -> bool:
-    if not isinstance(entry, dict) or set(entry) != {"backend", "ms"} or not isinstance(entry["ms"], dict):
+def _is_winner(found) -> bool:
+    if not isinstance(found, dict) or set(found) != {"backend", "ms"} or not isinstance(found["ms"], dict):
         return False
-    times = entry["ms"].values()
-    return {"native", entry["backend"]} <= set(entry["ms"]) and all(isinstance(ms, float) and ms > 0 for ms in times)
+    times = found["ms"].values()
+    return {"native", found["backend"]} <= set(found["ms"]) and all(isinstance(ms, float) and ms > 0 for ms in times)
 
 
 def made_for(device: str) -> dict[str, str]:

@@ -27,9 +27,6 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 SPREAD = ["-n", str(CORES)]
 CONTRACT = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_opinfo.py", "tests/ops"]
 
-# About half of what the interpreter has to run.
-FIRST_HALF = "depthwise or separable"
-
 # Sanitizers slow a test down fivefold: forward and gradients in one dtype reach every kernel.
 CPU_KERNELS = ["tests/test_contract.py", "tests/test_identities.py", "tests/test_batch_norm.py", "tests/ops"]
 SANITIZED = "within_bound and float32 or any_strides or non_finite and 3x3-s2"
@@ -67,13 +64,7 @@ def steps() -> list[Step]:
                 ("plain", True, {"FASTSEG_CPU_CAPABILITY": "plain"}),
             )
         ),
-        *(
-            Step(2, f"Triton kernels in the interpreter, {part}", [*PYTEST, *CONTRACT, "-k", half], interpreter, beside)
-            for part, half, beside in (
-                ("depthwise and separable", FIRST_HALF, False),
-                ("dense and ASPP", f"not ({FIRST_HALF})", True),
-            )
-        ),
+        Step(2, "Triton kernels in the interpreter", [*PYTEST, *SPREAD, *CONTRACT], interpreter),
         Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT], host),
         Step(3, "CUDA kernels with planted bugs", [*PYTEST, "tests/host/test_mutations.py"], host, True),
         Step(3, "CUDA kernels on the CPU, sanitized", [*PYTEST, "tests/test_contract.py", "-k", SANITIZED], sanitized),

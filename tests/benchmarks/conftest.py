@@ -18,9 +18,7 @@ TINY = ConvCase("tiny", "a small layer", 8, (9, 7), dilation=(2, 2))
 HEADS = tuple(HeadCase(f"small-{kind}", "a small head", kind, 5, 7, 19, 2, 2) for kind in head.OPERATORS)
 BLOCK = BlockCase("small-block", "a small block", lambda: blocks._separable(8, 16), 8, 9)
 # U-Net has no batch norm here, whose statistics of few pixels would make rounding grow.
-UNET = NetworkCase(
-    "small-unet", "fastseg:unet:in_channels=1,base_channels=4,depth=2,padding=same", size=33, channels=1
-)
+UNET = NetworkCase("small-unet", "fastseg:unet:in_channels=1,base_channels=4,depth=2,padding=same", size=33, channels=1)
 TORCHVISION = NetworkCase("small-torchvision", "deeplabv3_mobilenet_v3_large", size=65)
 
 
@@ -33,6 +31,7 @@ def fast(monkeypatch):
 def _make_fast(patch) -> None:
     patch.setattr(timing, "WARM_UP_SECONDS", 0.0)
     patch.setattr(timing, "SAMPLE_SECONDS", 1e-5)
+    patch.setattr(suite, "TIMING_SHARE", 0.0)
     patch.setattr(timing, "ceilings", lambda device: CEILINGS)
 
 

@@ -192,13 +192,39 @@ class TestForm:
             (256, 48, 1), (304, 256, 3), (256, 256, 3),
         ]  # fmt: skip
 
-    def test_the_enlarged_pyramid_comes_first_in_the_concatenation(self):
-        decoder = built("dense-8-pool-first").decoder.eval()
+    @pytest.mark.parametrize("align_corners", [True, False], ids=["corners", "centres"])
+    def test_the_enlarged_pyramid_comes_first_in_the_concatenation(self, align_corners):
+        model = deeplab_v3plus(5, encoder="mobilenet_v2", channels=32, align_corners=align_corners).eval()
+        x, low_level = random_tensor((1, 32, 5, 4), torch.float32), random_tensor((1, 24, 9, 8), torch.float32)
         with torch.no_grad():
-            x, low_level = random_tensor((1, 32, 5, 4), torch.float32), random_tensor((1, 24, 9, 8), torch.float32)
-            large = nn.functional.interpolate(x, (9, 8), mode="bilinear")
-            wanted = decoder.convs(torch.cat([large, decoder.low_level(low_level)], 1))
-            assert_alike(decoder(x, low_level), wanted)
+            large = nn.functional.interpolate(x, (9, 8), mode="bilinear", align_corners=align_corners)
+            wanted = model.decoder.convs(torch.cat([large, model.decoder.low_level(low_level)], 1))
+            assert_alike(model.decoder(x, low_level), wanted)
+        assert model.resize.align_corners == align_corners
+
+    @pytest.mark.parametrize(
+        ("options", "count"),
+        [(dict(), 0), (dict(refine=True), 2), (dict(refine=True, separable="aspp"), 1)],
+        ids=["off", "separable", "dense"],
+    )
+    def test_refinement_stands_between_aspp_and_decoder(self, options, count):
+        model = on_meta(encoder="mobilenet_v2", channels=32, **options).eval()
+        convolutions = [m for m in model.refinement.modules() if isinstance(m, nn.Conv2d)]
+        assert [(m.in_channels, m.out_channels) for m in convolutions] == [(32, 32)] * count
+        seen = []
+        model.refinement.register_forward_hook(lambda _, inputs, y: seen.extend((inputs[0], y)))
+        model.aspp.register_forward_hook(lambda _, __, y: seen.append(y))
+        model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        model(torch.empty(1, 3, 65, 65, device="meta"))
+        pyramid, before, after, enlarged = seen
+        assert pyramid is before
+        assert after is enlarged
+
+    @pytest.mark.parametrize(("options", "wanted"), [(dict(), 0.1), (dict(dropout=0.5), 0.5)], ids=["paper", "given"])
+    @pytest.mark.parametrize("separable", [True, False], ids=["separable", "dense"])
+    def test_dropout(self, separable, options, wanted):
+        model = on_meta(encoder="mobilenet_v2", separable=separable, **options)
+        assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [wanted]
 
     @pytest.mark.parametrize(
         ("encoder", "channels"),
@@ -279,8 +305,8 @@ class TestEveryForm:
             exact = copy.deepcopy(native).double()(images(1).double())
             assert_no_less_accurate(model(images(1)), native(images(1)), exact, 2, form)
 
-    def test_both_kinds_of_layers_train_alike(self, form):
-        models = [built(form, layers).double() for layers in ("fastseg", "native")]
+    def test_both_kinds_of_layers_train_alike(self, light_form):
+        models = [built(light_form, layers).double() for layers in ("fastseg", "native")]
         for model in models:
             # Of two pooled images a batch norm keeps the sign alone, and gradients behind it are nothing but rounding.
             model.loss(images(3, SMALL).double(), targets(3, SMALL)).backward()
