@@ -83,8 +83,9 @@ def model_with(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they say what load_weights returns
-            fitting = model if own else weights.from_state_dict(state, source, **options)
-            return fitting, weights.load_weights(fitting, state, source)
+            if own:
+                return model, weights.load_weights(model, state, source)
+        return weights.model_and_remarks(state, source, **options)
     except (ValueError, TypeError) as error:
         classes = None if model is None else _classes(model, state)
         hint = "" if classes is None else f"; the file is of {classes} classes: --classes {classes}"

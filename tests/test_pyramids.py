@@ -11,6 +11,7 @@ from torch import nn
 
 import fastseg
 from fastseg.nn.fused_module import FusedModule
+from fastseg.nn.sequential import SeparableStep
 from fastseg.pyramids import find_pyramids
 from fastseg.testing import assert_alike, assert_no_less_accurate
 
@@ -382,6 +383,14 @@ class TestAccelerate:
         for make in (smp.DeepLabV3Plus, smp.DeepLabV3):
             model = make("resnet18", encoder_weights=None)
             assert [type(m).__name__ for m in find_pyramids(model)] == ["ASPP"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_separable_convolutions_in_nested_sequentials_are_found_in_either_mode(training):
+    block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    model = nn.Sequential(block, nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6)).train(training)
+    (step,) = fastseg.accelerate(model)._fastseg.steps
+    assert isinstance(step, SeparableStep)
 
 
 def test_the_buffer_is_the_largest_tensor_and_the_pooled_branch_stays_a_vector():

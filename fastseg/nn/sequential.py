@@ -75,14 +75,18 @@ def _covers(steps: list[Step | SeparableStep], sequential) -> bool:
     return [m for step in steps for m in step.modules] == _children(sequential)
 
 
-def _children(sequential) -> list[torch.nn.Module] | None:
-    """The children in order, those of plain Sequentials among them in their place; None where somebody looks at one."""
+def _children(sequential, trained: bool = False) -> list[torch.nn.Module] | None:
+    """The children in order, those of plain Sequentials among them in their place.
+
+    None where somebody looks at one of these, or where one is in train mode, unless it may be (`trained`).
+    """
     found = []
     for child in sequential._modules.values():
         if not is_plain_sequential(child):
             found.append(child)
             continue
-        inner = None if has_foreign_hooks(child) or child.training else _children(child)
+        looked_at = has_foreign_hooks(child) or (child.training and not trained)
+        inner = None if looked_at else _children(child, trained)
         if inner is None:
             return None
         found += inner
@@ -125,7 +129,7 @@ def steps_of(sequential: torch.nn.Sequential, chains: dict[torch.nn.Conv2d, Chai
 
     A chain that is interrupted, by an Identity say, runs module by module.
     """
-    children, steps = _children(sequential), []
+    children, steps = _children(sequential, trained=True), []
     while children:
         chain = chains.get(children[0])
         members = (

@@ -164,7 +164,7 @@ class TestDilation:
 
 class TestFeatures:
     @pytest.mark.parametrize("output_stride", [8, 16, 32])
-    @pytest.mark.parametrize("encoder", BACKBONES)
+    @pytest.mark.parametrize("encoder", sorted(BACKBONES.keys() - {"resnet34", "resnet50", "resnet101_beta"}))
     def test_have_the_channels_and_strides_that_are_said(self, encoder, output_stride):
         backbone = on_meta(encoder, output_stride, in_channels=4)
         found = features(backbone, torch.empty(2, 4, 97, 129, device="meta"))

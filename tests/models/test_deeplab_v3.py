@@ -25,8 +25,9 @@ from fastseg.testing import (
 from tests.networks import fold_everything, folds, lively, one_thread
 
 TORCHVISION = ("resnet50", "resnet101", "mobilenet_v3_large")
-# No side is a multiple of any stride, and rate 12 at output stride 8 sees the image.
+# No side is a multiple of any stride; rate 12 at output stride 8 sees something of a high image.
 SIZE = (97, 70)
+HIGH = (97, 34)
 SMALL = (33, 20)
 FORMS = {
     "mobilenet": dict(encoder="mobilenet_v3_large", aux=True, rates=(2, 3, 4)),
@@ -79,7 +80,8 @@ def theirs(encoder: str) -> nn.Module:
 @torch.no_grad()
 def their_logits(encoder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """In float32, and as they should be."""
-    return theirs(encoder)(images(1)), copy.deepcopy(theirs(encoder)).double()(images(1).double())
+    x = images(1, HIGH)
+    return theirs(encoder)(x), copy.deepcopy(theirs(encoder)).double()(x.double())
 
 
 @pytest.fixture(params=FORMS)
@@ -144,9 +146,9 @@ class TestTorchvision:
         model.load_state_dict(theirs(encoder).state_dict())
         wanted, exact = their_logits(encoder)
         with torch.no_grad():
-            found = {"out": model(images(1))}
-            ((_, _), (auxiliary, _)) = model.training_logits(images(1))
-            found["aux"] = model.resize(auxiliary, SIZE)
+            found = {"out": model(images(1, HIGH))}
+            ((_, _), (auxiliary, _)) = model.training_logits(images(1, HIGH))
+            found["aux"] = model.resize(auxiliary, HIGH)
         for name, y in wanted.items():
             assert_no_less_accurate(found[name], y, exact[name], 2, name)
 
@@ -215,6 +217,13 @@ class TestForm:
         assert len(classifier) == count
         assert classifier[0].project[-1].p == dropout
 
+    def test_separable_branches_have_no_norm_between_their_halves(self):
+        for branch in on_meta(separable=True).classifier[0].convs[1:-1]:
+            depthwise, pointwise = branch[0]
+            assert (depthwise.groups, pointwise.kernel_size) == (2048, (1, 1))
+        for branch in on_meta().classifier[0].convs[1:-1]:
+            assert (branch[0].groups, branch[0].kernel_size) == (1, (3, 3))
+
     def test_options_of_the_encoder(self):
         model = on_meta(encoder="resnet50", in_channels=4, encoder_options=dict(eps=1e-3, keep_dilation=False))
         assert model.backbone.bn1.eps == 1e-3
@@ -262,7 +271,7 @@ class TestEveryForm:
         assert y.shape == (1, 5, *SIZE)
         stride = model.backbone.strides[-1]
         assert own.shape == (1, 5, *(-(-n // stride) for n in SIZE))
-        corners = model.resize.align_corners
+        corners = FORMS[form].get("align_corners", False)
         assert_alike(y, nn.functional.interpolate(own, SIZE, mode="bilinear", align_corners=corners))
 
     def test_both_kinds_of_layers_have_the_same_parameters(self, form):
