@@ -1,4 +1,4 @@
-"""python -m benchmarks: the quick run. Its commands: run, report, compare, readme, stale."""
+"""python -m benchmarks: the quick run. Its commands: run, report, compare, readme, never-slower, winners, train, stale."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import command, compare, markdown, readme, record, report, table
+from benchmarks import (
+    command,
+    compare,
+    markdown,
+    never_slower,
+    readme,
+    record,
+    report,
+    table,
+    train,
+    train_report,
+    winners,
+)
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +34,7 @@ def _report(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     for found in records:
-        print(table.terminal(found))
+        print(train_report.terminal(found) if "training" in found else table.terminal(found))
     arguments.html.write_text(report.render(records))
     print(f"report: {arguments.html}")
     if arguments.markdown:
@@ -57,6 +69,9 @@ COMMANDS = {
     "report": ("print records, several side by side, and write their report", _report_arguments, _report),
     "compare": ("measure this tree and another revision in turns", compare.add_arguments, compare.main),
     "readme": ("print the README's tables, made from the newest records", _readme_arguments, _readme),
+    "never-slower": ("check that nothing is slower than native", never_slower.add_arguments, never_slower.main),
+    "winners": ("the winners that come with fastseg, from the records", winners.add_arguments, winners.main),
+    "train": ("train networks on native and on fastseg's layers", train.add_arguments, train.main),
     "stale": ("list the kernel files not yet run on a GPU", lambda parser: None, _stale),
 }
 

@@ -163,7 +163,7 @@ class Run:
         """Run `command` for at most `limit` seconds; what it printed last is kept. Returns its status."""
         limit = min(limit, self.end - time.perf_counter())
         if limit < LEAST_SECONDS:
-            return self.skip(name, "the time budget was spent")
+            return self.skip(name, record.SPENT)
         print(f"\n== {name}, at most {limit:.0f} s", flush=True)
         start = time.perf_counter()
         status, detail = _run_printing(command, limit, {**os.environ, **environment})
@@ -300,8 +300,8 @@ def run_all(output: Path, device: str, budget: float, built: bool = False, witho
     if device == "cuda":
         operators, low = ("--no-networks", "--no-blocks", "--no-compile"), ("--dtype", "bfloat16")
         run.measure("times, bfloat16", 0.4 * left, *low, *operators)
-        run.measure("blocks and heads", 0.4 * left, *low, "--no-networks", "--cases", "")
-        run.measure("networks", 0.2 * left, *low, "--no-blocks", "--cases", "")
+        run.measure("blocks and heads", 0.4 * left, *low, "--no-networks", "--no-operators")
+        run.measure("networks", 0.2 * left, *low, "--no-blocks", "--no-operators")
         run.measure("times, float32", left, "--dtype", "float32", *operators)
     else:
         options = ("--no-networks", "--no-blocks", "--cases", "mobilenet-384")

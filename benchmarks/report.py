@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from benchmarks import html, markdown, plots, summary, table, tables, targets
+from benchmarks import html, markdown, plots, summary, table, tables, targets, train_report
 from benchmarks.html import card, cell, fold, good_or_bad, note, words
 from benchmarks.memory import HOW
 from benchmarks.photograph import CAPTIONS
@@ -46,7 +46,8 @@ def _record(record: dict, title: str) -> str:
         f"<h1>fastseg on {escape(title)}</h1>",
         f'<p class="soft">{"<br>".join(escape(fact) for fact in facts)}</p>',
         f'<p class="bad">{escape(disturbed)}</p>' if disturbed else "",
-        _section("summary", "Summary", _summary(record)),
+        _section("training", "Training", train_report.section(record)),
+        _section("summary", "Summary", "" if "training" in record else _summary(record)),
         _section("photograph", "Networks on a photograph", _networks(record)),
         _section("speed", "Speed-up over native's better layout", _speed(record)),
         _section("roofline", "Under the machine's ceilings", _roofline(record)),

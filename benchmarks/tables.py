@@ -62,7 +62,7 @@ def candidates(record: dict) -> str:
         for row in record[kind]:
             red = summary.is_red(row)
             for entry in row["candidates"]:
-                line = [cell(row["id"]), words(entry["name"])]
+                line = [cell(row["id"].replace("/", " ")), words(entry["name"])]
                 lines.append(line)
                 if red or "seconds" not in entry:
                     line.append(html.instead(entry, len(heads) - 2))
@@ -119,7 +119,7 @@ def side_by_side(records: list[dict]) -> str:
         heads += [title, "over native"] + ([f"over {titles[0]}"] if number else [])
     lines = []
     for identity, rows in markdown.paired(records):
-        line = [cell(identity)]
+        line = [cell(identity.replace("/", " "))]
         lines.append(line)
         first = summary.shown(rows[0]) if rows[0] else None
         for number, row in enumerate(rows):

@@ -70,13 +70,16 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     return Interval(spread(values).median, ordered[cut], ordered[count - 1 - cut], sure)
 
 
-def interleave(samplers: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """Samples of every candidate, taken in turns for about `seconds`, and at least ROUNDS[0] of them."""
+def interleave(
+    samplers: dict[str, Callable[[], float]], seconds: float, rounds: tuple[int, int] | None = None
+) -> dict[str, list[float]]:
+    """Samples of every candidate, taken in turns for about `seconds`; `rounds` are the fewest and most, else ROUNDS."""
+    fewest, most = rounds or ROUNDS
     names = list(samplers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
-    for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and time.perf_counter() - start > seconds:
+    for done in range(most):
+        if done >= fewest and time.perf_counter() - start > seconds:
             break
         first = done % len(names)
         for name in names[first:] + names[:first]:

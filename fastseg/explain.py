@@ -149,8 +149,12 @@ def _how(block: _Block, x: torch.Tensor) -> str:
     return f"{how}: {_why(choice)}"
 
 
+def _reason(choice: dispatch.Choice) -> str:
+    return f"{choice.reason}; its first call will be measured" if choice.provisional else choice.reason
+
+
 def _why(choice: dispatch.Choice) -> str:
-    return choice.reason if choice.margin is None else f"{choice.reason}, {times(choice.margin)}"
+    return _reason(choice) if choice.margin is None else f"{choice.reason}, {times(choice.margin)}"
 
 
 def _resizes(model, accelerated: bool, images: _Images) -> list[str]:
@@ -340,7 +344,7 @@ def _row(call: _Call, plan: _Plan, count: int, ms: float, native_ms: float) -> R
         dilation=tuple(layer.dilation),
         groups=layer.groups,
         kernel=plan.choice.backend,
-        reason=plan.choice.reason,
+        reason=_reason(plan.choice),
         margin=plan.choice.margin,
         fold=_fold_text(call, plan.choice.backend, plan.chain),
         calls=count,

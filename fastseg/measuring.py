@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
 def can_be_repeated(problem: Problem, attempt: Attempt) -> bool:
     """Whether nobody is looking who would take the calls of a measurement for those of the program."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False

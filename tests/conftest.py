@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What somebody has tuned on this machine is not for tests to read, let alone to write.
 CACHE = tempfile.TemporaryDirectory(prefix="fastseg-tests-")
 os.environ["FASTSEG_CACHE"] = CACHE.name
+os.environ["FASTSEG_TUNE"] = "0"  # what "auto" takes on a GPU does not depend on the clock either
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

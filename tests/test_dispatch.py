@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def run_python(program: str, **environment):
         capture_output=True,
         text=True,
         check=False,
-        env={"PATH": "/usr/bin:/bin", **environment},
+        env={"PATH": "/usr/bin:/bin", "FASTSEG_CACHE": os.environ["FASTSEG_CACHE"], **environment},
     )
 
 

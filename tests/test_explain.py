@@ -15,9 +15,10 @@ from torch import nn
 
 import fastseg
 from fastseg import __main__ as command_line
-from fastseg import ceilings, dispatch
+from fastseg import ceilings, dispatch, winners
 from fastseg.chains import find_chains
 from tests.networks import Block, block, fold_everything, image, lively, one_thread, predict
+from tests.tuning import Whole, clock, forget, fresh
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +132,64 @@ class TestLiveTaps:
         report = fastseg.explain(nn.Conv2d(2, 2, 3, padding=36, dilation=36), torch.randn(1, 2, 32, 32))
         assert report.warnings == ["Conv2d: rate 36 at 32x32 leaves 11 % of taps live"]
         assert f"warning: {report.warnings[0]}" in str(report)
+
+
+class TestAfterTune:
+    """What is shown is what runs, from the table that `fastseg.tune` filled."""
+
+    @pytest.fixture(params=["native", "cpu"])
+    def best(self, request, clock):
+        clock.let(request.param)
+        return request.param
+
+    def test_folded_chains_and_plain_layers(self, block, best):
+        fastseg.accelerate(block)
+        fastseg.tune(block, image())
+        rows = by_name(fastseg.explain(block, image()))
+        for name, fold in (("conv1", "bn+relu"), ("depthwise", "bn+relu")):
+            row = rows[name]
+            assert (row.kernel, row.reason, row.margin) == (best, "measured here", 2.0)
+            assert row.fold.startswith(fold)
+        assert (rows["grouped"].kernel, rows["grouped"].margin) == ("native", None)
+
+    def test_reasons_are_one_line_and_margins_a_column(self, block, best):
+        fastseg.accelerate(block)
+        fastseg.tune(block, image())
+        report = fastseg.explain(block, image())
+        lines = str(report).splitlines()
+        assert f"2 on {best}: measured here" in lines
+        head = next(line for line in lines if line.startswith("layer"))
+        row = next(line for line in lines if line.startswith("conv1"))
+        assert row[: head.index("margin") + len("margin")].endswith("2.00x")
+        assert json.loads(report.to_json())["rows"][0]["margin"] == 2.0
+
+    def test_padding_in_words_and_activations_of_layers(self, best):
+        conv = nn.Conv2d(3, 3, 3, padding="same")
+        model = nn.Sequential(conv, nn.BatchNorm2d(3), nn.ReLU(), fastseg.nn.Conv2d(3, 3, 1, activation="silu"))
+        fastseg.accelerate(lively(model).eval())
+        fastseg.tune(model, image())
+        assert [row.reason for row in fastseg.explain(model, image()).rows] == ["measured here", "measured here"]
+
+    def test_blocks_and_resizes(self, best):
+        model = fastseg.accelerate(lively(Whole()).eval())
+        fastseg.tune(model, image())
+        report = fastseg.explain(model, image())
+        how = "runs child by child" if best == "native" else "runs as a whole on cpu"
+        assert [line.split(") ", 1)[1] for line in report.fused] == [f"{how}: measured here, 2.00x"] * 2
+        assert report.resizes == [f"up on {best}: measured here, 2.00x"]
+
+    def test_nothing_is_measured_and_no_table_changes(self, block, monkeypatch, clock):
+        monkeypatch.setattr(winners, "_measures_first_calls", lambda device_type: True)
+        fastseg.accelerate(block)
+        rows = by_name(fastseg.explain(block, image()))
+        assert (
+            rows["depthwise"].reason == "faster than native in the committed records; its first call will be measured"
+        )
+        assert clock.timed == []
+        assert winners.table("cpu").own == {}
+        assert not winners.table("cpu").path.exists()
+        predict(block, image())
+        assert clock.timed
 
 
 class TestReport:
@@ -270,7 +329,8 @@ class TestInfo:
 
     def test_text(self):
         text = str(fastseg.info())
-        for word in ("versions", "build", "devices", "backends for cpu tensors", torch.__version__, "reference"):
+        words = ("versions", "build", "devices", "backends for cpu tensors", torch.__version__, "reference", "tuning")
+        for word in words:
             assert word in text
         assert "None" not in text
 

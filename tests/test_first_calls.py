@@ -32,6 +32,10 @@ def first_calls(monkeypatch, clock):
     return measured
 
 
+# A problem of training, and a call of it that may be measured.
+TRAINING = PLAIN._replace(gradient=True), measuring.Attempt(lambda name: depthwise(), (image().requires_grad_(),))
+
+
 def depthwise(x=None, weight=None):
     x, weight = image() if x is None else x, torch.ones(CHANNELS, 1, 3, 3) if weight is None else weight
     return fastseg.ops.depthwise_conv2d(x, weight, padding=1)
@@ -78,6 +82,10 @@ def test_what_may_not_be_measured_now_is_measured_later(first_calls):
     assert len(first_calls) == 1
 
 
+def resized(x):
+    return fastseg.ops.upsample_bilinear2d(x, (20, 20))
+
+
 def checkpointed():
     torch.utils.checkpoint.checkpoint(depthwise, image().requires_grad_(), use_reentrant=False).sum().backward()
 
@@ -100,6 +108,7 @@ def forward_mode():
 
     with forward_ad.dual_level():
         depthwise(forward_ad.make_dual(image(), image()))
+        assert not measuring.can_be_repeated(*TRAINING)
 
 
 def deterministic():
@@ -140,7 +149,7 @@ UNSEEN = {
     "export": lambda: torch.export.export(Model(), (image(),)),
     "make_fx": lambda: make_fx(Model())(image()),
     "fake": lambda: make_fx(Model(), tracing_mode="fake")(image()),
-    "jit-trace": lambda: torch.jit.trace(depthwise, image(), check_trace=False),
+    "jit-trace": lambda: torch.jit.trace(resized, image(), check_trace=False),
     "vmap": lambda: torch.func.vmap(depthwise)(image()[None]),
     "forward-mode": forward_mode,
     "flop-counter": lambda: _under(torch.utils.flop_counter.FlopCounterMode(display=False)),
@@ -159,7 +168,7 @@ UNSEEN = {
 
 def _under(mode):
     with mode:
-        depthwise()
+        depthwise(image().requires_grad_())
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -181,6 +190,12 @@ def test_nor_is_it_in_the_midst_of_tune(name, clock):
     assert fastseg.tune(Calls(), image(), training=True).winners == {}
 
 
+def test_nothing_is_measured_while_a_graph_is_compiled(monkeypatch):
+    assert winners.may_measure(*TRAINING)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not winners.may_measure(*TRAINING)
+
+
 def test_nothing_is_measured_while_a_gpu_captures(monkeypatch):
     problem, attempt = PLAIN._replace(device_type="cuda"), measuring.Attempt(depthwise, (image(),))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -191,6 +206,7 @@ def test_nothing_is_measured_while_a_gpu_captures(monkeypatch):
 
 def test_first_calls_are_measured_on_a_gpu_unless_told_not_to(monkeypatch):
     problem = PLAIN._replace(device_type="cuda")
+    monkeypatch.delenv("FASTSEG_TUNE")
     assert winners.is_awaited(problem)
     assert not winners.is_awaited(PLAIN)
     monkeypatch.setenv("FASTSEG_TUNE", "0")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fastseg
-from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
+from fastseg import dispatch, winners
+from fastseg.testing import assert_alike, assert_within, expected_conv, integer_tensor, random_tensor
 
 pytestmark = pytest.mark.skipif(os.environ.get("FASTSEG_RUNG") != "gpu", reason="rung 5: needs a GPU")
 
@@ -108,6 +109,34 @@ def test_graph_capture_and_replay(depth, target):
     fresh = run(target, x, weight)
     assert torch.equal(y, fresh)
     assert torch.equal(gradient, torch.autograd.grad(fresh.square().sum(), weight)[0])
+
+
+def test_a_first_call_is_measured_once_and_never_while_a_graph_is_captured(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTSEG_TUNE", "1")
+    monkeypatch.setenv("FASTSEG_CACHE", str(tmp_path))
+    for name in ("_tables", "_consulted"):
+        monkeypatch.setattr(winners, name, {})
+    dispatch.forget_sized_choices()
+    fastseg.counters(reset=True)
+    x = random_tensor((2, 64, 33, 33), torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    weight = random_tensor((64, 1, 3, 3), torch.bfloat16, device="cuda")
+
+    def call():
+        return fastseg.ops.conv2d(x, weight, padding=2, dilation=2, groups=64)
+
+    with winners.unmeasured():
+        wanted = call()  # compiles before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    assert torch.equal(captured, wanted)
+    assert fastseg.counters().measured == 0
+    for _ in range(2):
+        assert_alike(call(), wanted)
+        assert fastseg.counters().measured == 1
+    assert len(winners.table("cuda").own) == 1
+    dispatch.forget_sized_choices()
 
 
 @OPERATORS

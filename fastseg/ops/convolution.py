@@ -72,8 +72,10 @@ def arithmetic_dtype(input: torch.Tensor) -> torch.dtype:
 
 
 def sized(operator: str, input: torch.Tensor, output: tuple, detail: tuple) -> dispatch.Sizes | None:
-    """The sizes of a call that is not one convolution, where "auto" looks at them."""
-    if torch.compiler.is_compiling() or not winners.consulted(operator, input.device.type):
+    """The sizes of a call that is not one convolution, where "auto" looks at them, and nobody traces them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if not winners.consulted(operator, input.device.type):
         return None
     return dispatch.Sizes(tuple(input.shape), output, detail, input.stride(1) == 1)
 

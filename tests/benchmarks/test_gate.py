@@ -226,6 +226,24 @@ def test_a_wrong_network_is_red_and_gets_no_speed(case, direction, dtype, monkey
     assert not SPEED.search(table.network_lines(found))
 
 
+@pytest.mark.parametrize(
+    ("role", "low"),  # nothing says how wrong native may be in low precision
+    [("native", False), ("compile", False), ("runtime", False), ("compile", True), ("runtime", True)],
+)
+def test_a_network_that_is_another_one_is_no_baseline(role, low):
+    exact = torch.randn(1, 5, 9, 9, dtype=torch.float64)
+    native, other = exact.float(), torch.randn(1, 5, 9, 9)
+    assert network.agreement(native, [native], exact, role, low)["green"]
+    assert not network.agreement(other, [native], exact, role, low)["green"]
+
+
+def test_a_gradient_that_is_another_one_is_no_baseline():
+    loss = torch.ones(())
+    exact, other = ((loss, torch.randn(99).double()) for _ in range(2))
+    assert network.agreement_in_training(exact, [], exact, "compile")["green"]
+    assert not network.agreement_in_training(other, [exact], exact, "compile")["green"]
+
+
 # Whole runs
 
 

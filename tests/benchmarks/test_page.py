@@ -56,7 +56,7 @@ def test_the_page_does_not_scroll_sideways(shown):
 
 
 def test_rows_of_tables_are_no_columns_of_letters(shown):
-    tall = "[...document.querySelectorAll('tbody tr')].filter(r => r.getBoundingClientRect().height > 160)"
+    tall = "[...document.querySelectorAll('tbody tr')].filter(r => r.getBoundingClientRect().height > 240)"
     assert shown.evaluate(f"{tall}.map(r => r.textContent)") == []
 
 
