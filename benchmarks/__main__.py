@@ -1,4 +1,4 @@
-"""python -m benchmarks: the quick run. Its commands: run, report, compare, readme, never-slower, winners, train, stale."""
+"""python -m benchmarks: the quick run. `--help` lists the other commands, `COMMAND --help` their options."""
 
 from __future__ import annotations
 

@@ -28,6 +28,8 @@ from benchmarks.selection import Settings, Step, plan
 
 ROUNDS = 6
 BUDGET_SECONDS = 300.0
+# Without it a ratio has no verdict; five rounds give it.
+LEAST_SURE = 0.9
 BUILT = ("_C*.so", "_build.json")
 OLD, NEW = "old", "new"
 
@@ -65,7 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"git knows no revision {arguments.revision!r}", file=sys.stderr)
         return 2
     try:
-        with _terminated_as_interrupted(), trees(commit, build) as folders:
+        with _terminated_as_interrupted(), trees(commit, lambda tree: build(tree, settings.device)) as folders:
             pairs = measure(folders, steps, settings, arguments.rounds, sys.stdout)
     except KeyboardInterrupt:
         print("\ninterrupted: the worktree is removed")
@@ -94,13 +96,11 @@ def trees(commit: str, builder: Callable[[Path], None]) -> Iterator[dict[str, Pa
         yield folders
     finally:
         with _deaf_to_interrupts():
-            with contextlib.suppress(subprocess.CalledProcessError):
-                _git("worktree", "remove", "--force", str(tree))
             shutil.rmtree(home, ignore_errors=True)
-            _git("worktree", "prune")
+            _git("worktree", "prune")  # git forgets the tree that is gone
 
 
-def build(tree: Path) -> None:
+def build(tree: Path, device: str) -> None:
     """Raises RuntimeError with the end of what the compiler said."""
     built = [path for pattern in BUILT for path in (record.ROOT / "fastseg").glob(pattern)]
     if built and compiled_from(tree) == compiled_from(record.ROOT):
@@ -108,11 +108,28 @@ def build(tree: Path) -> None:
             shutil.copy2(path, tree / "fastseg" / path.name)
         return
     print("building the revision's kernels ...", flush=True)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError("the revision does not build:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-15:]))
+    # On a CPU the CUDA kernels, which take longest, are not needed.
+    environment = dict(os.environ) | ({"FASTSEG_CUDA": "0"} if device == "cpu" else {})
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    code, output, errors = _run(command, tree, environment)
+    if code:
+        raise RuntimeError("the revision does not build:\n" + "\n".join((output + errors).splitlines()[-15:]))
+
+
+def _run(command: list[str], folder: Path, environment: dict[str, str], given: str = "") -> tuple[int, str, str]:
+    """Exit status, output and errors of a process, which is ended with all that it started where this one is ended."""
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(given)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return process.returncode, output, errors
 
 
 def compiled_from(root: Path) -> dict[str, bytes]:
@@ -146,18 +163,10 @@ def measure(folders: dict[str, Path], steps: list[Step], settings: Settings, rou
 
 def _worker(folder: Path, job: dict) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.compare_worker"],
-        cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        output, errors = process.communicate(json.dumps(job))
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    if process.returncode:
-        last = (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+    command = [sys.executable, "-m", "benchmarks.compare_worker"]
+    code, output, errors = _run(command, folder, environment, json.dumps(job))
+    if code:
+        last = (errors.strip().splitlines() or [f"exit status {code}"])[-1]
         raise RuntimeError(f"the {folder.name} revision cannot be measured by this benchmark: {last}")
     return json.loads(output.splitlines()[-1])
 
@@ -175,18 +184,28 @@ def lines(pairs: dict, steps: list[Step], revision: str) -> list[str]:
         old, new = ([result["fastseg"] for result in both[side]] for side in (OLD, NEW))
         ratio = timing.median_interval([a / b for a, b in zip(old, new, strict=True)])
         sure = min(sure, ratio.confidence)
-        verdict = "faster" if ratio.low > 1 else "SLOWER" if ratio.high < 1 else ""
+        natives = zip(*([result["native"] for result in both[side]] for side in (OLD, NEW)), strict=True)
+        control = timing.median_interval([a / b for a, b in natives])
+        verdict = _verdict(ratio, control)
         times = " ".join(f"{table.seconds(timing.spread(taken).median):>10}" for taken in (old, new))
         interval = f"{ratio.low:.3f} to {ratio.high:.3f}"
         found.append(f"{step.id:<48} {times} {ratio.median:>8.3f}x {interval:>16} {verdict}".rstrip())
-        natives = zip(*([result["native"] for result in both[side]] for side in (OLD, NEW)), strict=True)
-        control = timing.median_interval([a / b for a, b in natives])
         if not control.low <= 1 <= control.high:
             drifted.append(f"{step.id} {control.median:.3f}x")
-    found.append(f"interval: where the median of the pairs lies, {100 * sure:.0f} % sure")
+    few = "" if sure >= LEAST_SURE else ", too little for a verdict: more --rounds"
+    found.append(f"interval: where the median of the pairs lies, {100 * sure:.0f} % sure{few}")
     if drifted:
         found.append(f"native, which is the same on both sides, differs in {len(drifted)} rows: {', '.join(drifted)}")
     return found
+
+
+def _verdict(ratio: timing.Interval, control: timing.Interval) -> str:
+    """Nothing where too few pairs were measured, or native moved as much."""
+    if ratio.confidence < LEAST_SURE or ratio.low <= 1 <= ratio.high:
+        return ""
+    if ratio.low > 1:
+        return "faster" if ratio.median > control.high else "as native"
+    return "SLOWER" if ratio.median < control.low else "as native"
 
 
 def _git(*arguments: str) -> str:

@@ -154,9 +154,11 @@ class HeadWorkload:
         """fastseg as users call it, without asking what "auto" chooses."""
         return Candidate("fastseg", "fastseg", "channels_last", _fastseg(self.case, "auto"), "")
 
-    def calls(self, candidate: Candidate, direction: str) -> list[Callable[[], tuple[torch.Tensor, ...]]]:
-        layout = LAYOUTS[candidate.layout]
-        return [_call(self.case, direction, candidate.function, layout, *given) for given in self._sets(direction)]
+    def calls(
+        self, candidate: Candidate, direction: str, most: int | None = None
+    ) -> list[Callable[[], tuple[torch.Tensor, ...]]]:
+        layout, sets = LAYOUTS[candidate.layout], self._sets(direction)[:most]
+        return [_call(self.case, direction, candidate.function, layout, *given) for given in sets]
 
     def _sets(self, direction: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         count = timing.buffer_sets(self.cost(direction).bytes, self.device)

@@ -50,7 +50,7 @@ def _deeplab_v3plus(layers: str) -> SegmentationModel:
     )
 
 
-RECIPES = {"unet": Recipe(_unet, 200, 0.01), "deeplab_v3plus": Recipe(_deeplab_v3plus, 300, 0.01)}
+RECIPES = {"unet": Recipe(_unet, 200, 0.01), "deeplab_v3plus": Recipe(_deeplab_v3plus, 350, 0.01)}
 
 
 def build(name: str, layers: str, seed: int) -> SegmentationModel:

@@ -100,7 +100,7 @@ class ModuleWorkload:
     def accelerated(self, direction: str, backend: str = "auto") -> nn.Module:
         return fastseg.accelerate(copy.deepcopy(self.native(direction)), backend=backend)
 
-    def calls(self, candidate: Candidate, direction: str) -> list[Callable[[], object]]:
+    def calls(self, candidate: Candidate, direction: str, most: int | None = None) -> list[Callable[[], object]]:
         module = self._kept(candidate.name, direction, candidate.function)
         x = self.inputs(direction).contiguous(memory_format=LAYOUTS[candidate.layout])
         return [self.call(module, x, direction)]

@@ -15,6 +15,8 @@ networks   rows of network.py
 blocks     rows of blocks.py and head.py
 overhead   rows of overhead.py
 skipped    {"id", "reason"} of what was not run
+training   rows of train.py
+data       only beside training: the pictures, and the mIoU of linear classifiers on them
 stages     only from gpu.py: {"name", "status", "seconds", "detail"}
 promises   only from gpu.py: test -> how many of its cases passed, failed and were skipped
 failures   only from gpu.py: the first of those that failed, and what they said

@@ -81,8 +81,8 @@ class Workload(Protocol):
     def candidates(self) -> list[Candidate]:
         """Everything that is compared, native first."""
 
-    def calls(self, candidate: Candidate, direction: str) -> list[Callable[[], object]]:
-        """What is timed, once per set of buffers, prepared as far as is not timed.
+    def calls(self, candidate: Candidate, direction: str, most: int | None = None) -> list[Callable[[], object]]:
+        """What is timed, once per set of buffers (of `most` at most), prepared as far as is not timed.
 
         Raises:
             Skip: the candidate cannot run here.
@@ -180,7 +180,7 @@ def _check(workload, direction, candidate, entry, calls, results) -> None:
         entry["peak_bytes"] = memory.peak_bytes(prepared[0], workload.device) if candidate.role != "runtime" else None
         entry["saved_bytes"] = None
         if workload.keeps_for_backward(direction):
-            entry["saved_bytes"] = memory.saved_bytes(lambda: workload.calls(candidate, direction)[0]())
+            entry["saved_bytes"] = memory.saved_bytes(lambda: workload.calls(candidate, direction, 1)[0]())
         if candidate.role == "fastseg" and not candidate.backend:
             entry["kernels"] = kernels_called.count(prepared[0])
             entry["backend"] = kernels_called.in_words(entry["kernels"])

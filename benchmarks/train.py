@@ -33,14 +33,14 @@ from benchmarks.learner import RECIPES, Group, Learner, agreement, autocast_dtyp
 from benchmarks.progress import Bar
 from benchmarks.row import LAYOUTS
 
-PROBED = 3  # steps of each candidate before anything is trained, after one to warm up
+PROBED = 5  # steps of each candidate before anything is trained, after one to warm up
 TURN = 5  # steps that a learner takes at a time
 LOOKS = 4  # how often in a training the held-out pictures are looked at
 LINES = 10  # how many lines of progress of each training stay
 LINEAR_PICTURES = 128  # that the linear classifiers learn from
 PICTURES = 3
 CHECKED = 8  # images of the first step that native and fastseg have to agree on
-# pictures a side, of a batch
+# Pixels a side of the pictures, and pictures a step.
 SIZES = {"cpu": (96, 8), "cuda": (192, 32)}
 # The training set's seed and the held-out one's; those of parameters and batches count from 0.
 DATA_SEEDS = 1000, 1001
@@ -83,7 +83,7 @@ def run(settings: Settings, out: TextIO, keep: Callable[[dict], None]) -> dict:
     start = time.perf_counter()
     group = Group.joined(settings.device)
     if group.rank != 0:
-        out, keep = open(os.devnull, "w"), lambda found: None  # noqa: SIM115
+        out, keep = io.StringIO(), lambda found: None
     if settings.device == "cuda":
         torch.backends.cudnn.benchmark = True  # native gets its own choice of kernels
     freed_memory_kept = memory.keep_freed_memory()
@@ -133,17 +133,16 @@ def _data(settings: Settings, group: Group) -> tuple[Data, dict]:
     }
     if group.rank == 0:
         some = [part[:LINEAR_PICTURES] for part in train]
-        for patch in (1, shapes.PATCH):
-            described["linear_miou"][f"{patch} x {patch}"] = round(shapes.linear_miou(some, held_out, patch), 4)
+        for name, patch in (("a pixel", 1), (f"{shapes.PATCH} x {shapes.PATCH} pixels", shapes.PATCH)):
+            described["linear_miou"][name] = round(shapes.linear_miou(some, held_out, patch), 4)
     return Data(*(part.to(settings.device) for part in (*train, *held_out))), described
 
 
 def _probe(name: str, settings: Settings, group: Group, data: Data) -> dict:
     """How long a step takes, by candidate; native's faster layout; the peak memory of a forward and backward pass."""
-    learners = {f"native {layout}": ("native", layout) for layout in LAYOUTS} | {
-        "fastseg": ("fastseg", "channels_last")
-    }
-    learners = {key: Learner(name, *kind, 0, 1000, group, settings.amp) for key, kind in learners.items()}
+    kinds = {f"native {layout}": ("native", layout) for layout in LAYOUTS} | {"fastseg": ("fastseg", "channels_last")}
+    steps = 2 * PROBED  # more than are taken
+    learners = {key: Learner(name, *kind, 0, steps, group, settings.amp) for key, kind in kinds.items()}
     order = batches(settings.pictures, settings.batch, 1, 0)
 
     def sampler(learner: Learner) -> Callable[[], float]:
@@ -183,7 +182,11 @@ def _steps(settings: Settings, probes: dict[str, dict], spent: float) -> dict[st
 
 
 class _Training:
-    """One network from one seed on both kinds of layers: the row of the record, filled as it goes."""
+    """One network from one seed on both kinds of layers: a row of `record["training"]`, filled as it goes.
+
+    The row says why the training `stopped`, or None; each of its two candidates has the `loss` and the time of every
+    turn, `trained_seconds` of training alone, and in `looks` the held-out IoU of each class and their mean.
+    """
 
     def __init__(self, name, seed, steps, settings, group, data, probe, found, keep):
         self.name, self.seed, self.steps = name, seed, steps
@@ -251,15 +254,15 @@ class _Training:
         """What is known after this turn."""
         done = min(learner.done for learner in self.learners.values())
         self.row["stopped"] = f"after {done} of {self.steps} steps"
-        samples = {key: learner.seconds for key, learner in self.learners.items()}
         for entry in self.row["candidates"]:
             learner = self.learners[entry["name"]]
             entry["loss"] = [round(value, 5) for value in learner.losses]
             entry["seconds"] = timing.spread(learner.seconds)._asdict()
             entry["trained_seconds"] = round(learner.spent, 2)
             entry["looks"] = self.looks[entry["name"]]
-        fast = self.row["candidates"][-1]
-        fast["ratio"] = timing.ratio(samples["native"], samples["fastseg"])._asdict()
+        fast, times = self.row["candidates"][-1], (learner.seconds for learner in self.learners.values())
+        ratios = [native / fastseg for native, fastseg in zip(*times, strict=True)]
+        fast["ratio"], fast["ratios"] = timing.spread(ratios)._asdict(), [round(ratio, 4) for ratio in ratios]
 
     def _look(self, last: bool) -> None:
         """Held-out mIoU, and in the end what both networks make of a few pictures."""
@@ -305,9 +308,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--models", default=",".join(RECIPES), help="comma-separated; default %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on; default %(default)s")
-    parser.add_argument(
-        "--amp", action="store_true", help="autocast: float16 with a GradScaler on a GPU, else bfloat16"
-    )
+    parser.add_argument("--amp", action="store_true", help="autocast, to float16 on a GPU and bfloat16 on a CPU")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="of each training; default " + _default_steps())
     length.add_argument("--minutes", type=float, help="about how long everything may take")
@@ -349,7 +350,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         run(settings, sys.stdout, keep)
     except KeyboardInterrupt:
-        where = f"; what was measured is in {arguments.output}" if arguments.output else ""
+        where = f"; what was measured is in {arguments.output}" if kept and arguments.output else ""
         print(f"\ninterrupted{where}")
         status = INTERRUPTED
     finally:
@@ -369,7 +370,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     size, batch = SIZES[device]
     chosen = Settings(
         device, tuple(arguments.models.split(",")), arguments.seeds, arguments.amp, arguments.steps, arguments.minutes,
-        arguments.size or size, arguments.batch or batch,
+        size if arguments.size is None else arguments.size, batch if arguments.batch is None else arguments.batch,
     )  # fmt: skip
     unknown = [name for name in chosen.models if name not in RECIPES]
     if unknown:
@@ -380,7 +381,5 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             raise ValueError(f"expected --{name} to be at least {least}, but got {value}")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if chosen.batch % processes or chosen.batch < 2 * processes:
-        raise ValueError(
-            f"expected --batch to give each of {processes} processes as many, and 2, but got {chosen.batch}"
-        )
+        raise ValueError(f"expected --batch to be a multiple of {processes} processes, 2 each, but got {chosen.batch}")
     return chosen

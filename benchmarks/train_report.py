@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from benchmarks import html, table
+from benchmarks import html, table, timing
 from benchmarks.html import card, cell, fold, note
 
 ROLES = ("native", "fastseg")
@@ -38,11 +38,12 @@ def by_model(record: dict) -> dict[str, list[dict]]:
 
 def terminal(record: dict) -> str:
     """Everything, for `python -m benchmarks report`."""
-    return "\n".join([table.machine_line(record), data_line(record["data"]), summary_lines(record)])
+    rows = [row_line(row) for row in record["training"] if not row["stopped"]]
+    return "\n".join([table.machine_line(record), data_line(record["data"]), *rows, summary_lines(record)])
 
 
 def data_line(data: dict) -> str:
-    linear = ", ".join(f"{value:.3f} from {name} pixels" for name, value in data["linear_miou"].items())
+    linear = ", ".join(f"{value:.3f} from {name}" for name, value in data["linear_miou"].items())
     return (
         f"{data['pictures']} pictures of {data['size']} x {data['size']}, {data['held_out']} held out, "
         f"{len(data['classes'])} classes; mIoU of a linear classifier: {linear}"
@@ -84,13 +85,13 @@ def row_line(row: dict) -> str:
 
 
 def summary_lines(record: dict) -> str:
-    """What the run shows, network by network."""
-    lines = [row_line(row) for row in record["training"]]
+    """What was not trained to the end, and what the rest shows, network by network."""
+    lines = [row_line(row) for row in record["training"] if row["stopped"]]
     for name, rows in by_model(record).items():
         found = {role: _finals(rows, role) for role in ROLES}
         if all(found.values()):
             means = ", ".join(f"{role} {_range(values)}" for role, values in found.items())
-            lines.append(f"{name}, held-out mIoU of {_seeds(found['native'])}: {means}; {_speed(rows)}")
+            lines.append(f"{name}, held-out mIoU of {_seeds(found['native'])}: {means}; {_speed(rows)}, {_spent(rows)}")
     lines += [table.disturbed(record)] if table.disturbed(record) else []
     return "\n".join(lines)
 
@@ -113,10 +114,20 @@ def _ratio(ratio: dict) -> str:
 
 
 def _speed(rows: list[dict]) -> str:
-    """Native's time over fastseg's, of whole trainings."""
+    """How many times faster fastseg is, over the turns of all seeds, and where the median of such turns lies."""
+    ratios = [ratio for row in rows if not row["stopped"] for ratio in row["candidates"][-1]["ratios"]]
+    found, sure = timing.spread(ratios), timing.median_interval(ratios)
+    return (
+        f"{found.median:.2f}x ({found.p20:.2f} to {found.p80:.2f}; the median is {sure.low:.3f} to {sure.high:.3f} "
+        f"with {100 * sure.confidence:.0f} %)"
+    )
+
+
+def _spent(rows: list[dict]) -> str:
+    """In training alone, over all seeds."""
     spent = [[entry["trained_seconds"] for entry in row["candidates"]] for row in rows if not row["stopped"]]
     native, fastseg = (sum(seconds) for seconds in zip(*spent, strict=True))
-    return f"{native:.0f} s of training native, {fastseg:.0f} s fastseg, {native / fastseg:.2f}x"
+    return f"{fastseg:.0f} s of training with fastseg, {native:.0f} s with native"
 
 
 # The report
@@ -143,7 +154,7 @@ def section(record: dict) -> str:
 
 
 def _introduction(data: dict) -> str:
-    linear = " and ".join(f"{value:.3f} from {name} pixels" for name, value in data["linear_miou"].items())
+    linear = " and ".join(f"{value:.3f} from {name}" for name, value in data["linear_miou"].items())
     return (
         f"<p>Trained on {data['pictures']} generated pictures of {data['size']} x {data['size']} pixels, judged by "
         f"{data['held_out']} others. Textures tell the classes apart and colours do not: a linear classifier gets an "
@@ -161,8 +172,8 @@ def _cards(record: dict) -> list[str]:
         native, fastseg = (_range(finals[role]) for role in ROLES)
         title = f"{name}, held-out mIoU, {_seeds(finals['native'])}"
         found.append(card(title, fastseg.split()[0], f"fastseg {fastseg}; native {native}"))
-        speed = _speed(rows)
-        found.append(card(f"{name}, faster training", speed.split()[-1], speed.rpartition(",")[0]))
+        figure, _, middle = _speed(rows).partition(" ")
+        found.append(card(f"{name}, faster training", figure, f"{middle}; {_spent(rows)}"))
     return found
 
 

@@ -161,8 +161,8 @@ class ConvWorkload:
     def keeps_for_backward(self, direction: str) -> bool:
         return bool(self.gradients[direction])
 
-    def calls(self, candidate: Candidate, direction: str) -> list[Callable]:
-        return [direction_call(candidate, self, direction, tensors) for tensors in self._sets(direction)]
+    def calls(self, candidate: Candidate, direction: str, most: int | None = None) -> list[Callable]:
+        return [direction_call(candidate, self, direction, tensors) for tensors in self._sets(direction)[:most]]
 
     def _sets(self, direction: str) -> list[dict[str, torch.Tensor]]:
         """The tensors of each set of buffers; kept, since every candidate asks for them."""

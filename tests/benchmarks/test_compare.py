@@ -73,7 +73,7 @@ def built_by(monkeypatch, builder) -> None:
 
 def test_revisions_take_turns_and_ratios_have_intervals(repository, tmp_path, monkeypatch, capsys):
     built = []
-    built_by(monkeypatch, built.append)
+    built_by(monkeypatch, lambda tree, device: built.append(tree))
     assert main(["compare", "HEAD", *OPTIONS, "--rounds", "6"]) == 0
     assert [tree.name for tree in built] == ["tree"]
     turns = (tmp_path / "diary").read_text().split()
@@ -85,10 +85,19 @@ def test_revisions_take_turns_and_ratios_have_intervals(repository, tmp_path, mo
 
 
 def test_a_slower_tree_is_said_to_be(repository, monkeypatch, capsys):
-    built_by(monkeypatch, lambda tree: None)
+    built_by(monkeypatch, lambda tree, device: None)
     write(repository, "new", seconds=4.0)
-    assert main(["compare", "HEAD", *OPTIONS, "--rounds", "2"]) == 0
-    assert "0.500x" in capsys.readouterr().out
+    assert main(["compare", "HEAD", *OPTIONS, "--rounds", "5"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny/forward"))
+    assert row.endswith("0.500x   0.500 to 0.500 SLOWER")
+
+
+def test_few_rounds_give_no_verdict(repository, monkeypatch, capsys):
+    built_by(monkeypatch, lambda tree, device: None)
+    assert main(["compare", "HEAD", *OPTIONS, "--rounds", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "2.000x   2.000 to 2.000\n" in said
+    assert "75 % sure, too little for a verdict: more --rounds" in said
 
 
 def test_a_result_that_is_refused_has_no_ratio():
@@ -100,14 +109,15 @@ def test_a_result_that_is_refused_has_no_ratio():
 
 def test_native_that_differs_between_the_sides_is_said():
     (step,) = compare.plan(compare.Settings(cases="mobilenet-384", dtypes=("float32",), networks=False))[:1]
-    pairs = {"old": [{"fastseg": 1.0, "native": 1.2}] * 3, "new": [{"fastseg": 1.0, "native": 1.0}] * 3}
-    last = compare.lines({step.id: pairs}, [step], "HEAD")[-1]
+    pairs = {"old": [{"fastseg": 1.2, "native": 1.2}] * 6, "new": [{"fastseg": 1.0, "native": 1.0}] * 6}
+    _, row, _, last = compare.lines({step.id: pairs}, [step], "HEAD")
+    assert row.endswith("1.200x   1.200 to 1.200 as native")
     assert last == f"native, which is the same on both sides, differs in 1 rows: {step.id} 1.200x"
 
 
 @pytest.mark.parametrize(("revision", "status"), [("HEAD", 0), ("no-such-revision", 2)])
 def test_what_git_does_not_know_is_refused(repository, revision, status, monkeypatch, capsys):
-    built_by(monkeypatch, lambda tree: None)
+    built_by(monkeypatch, lambda tree, device: None)
     assert main(["compare", revision, *OPTIONS, "--rounds", "1"]) == status
     assert ("git knows no revision 'no-such-revision'" in capsys.readouterr().err) is (status == 2)
 
@@ -121,13 +131,13 @@ def test_nothing_is_compared_where_no_row_fits(repository, capsys):
 
 
 def test_the_same_kernels_are_not_built_again(repository, monkeypatch):
-    with compare.trees("HEAD", compare.build) as folders:
+    with compare.trees("HEAD", lambda tree: compare.build(tree, "cpu")) as folders:
         assert (folders["old"] / "fastseg" / "_build.json").read_text() == "made here"
 
 
 def test_other_kernels_are_built_in_the_worktree(repository, capsys):
     (repository / "csrc" / "kernel.cpp").write_text("// another kernel\n")
-    with compare.trees("HEAD", compare.build) as folders:
+    with compare.trees("HEAD", lambda tree: compare.build(tree, "cpu")) as folders:
         assert (folders["old"] / "fastseg" / "_build.json").read_text() == "made by the revision"
         assert (folders["new"] / "fastseg" / "_build.json").read_text() == "made here"
         assert os.path.samefile(folders["old"] / "benchmarks", folders["new"] / "benchmarks")
@@ -144,7 +154,9 @@ def test_a_build_that_fails_is_said_and_cleaned_up(repository, capsys):
 
 
 def test_a_revision_that_cannot_be_measured_is_said_and_cleaned_up(repository, monkeypatch, capsys):
-    built_by(monkeypatch, lambda tree: (tree / "fastseg" / "__init__.py").write_text("raise ValueError('too old')"))
+    built_by(
+        monkeypatch, lambda tree, device: (tree / "fastseg" / "__init__.py").write_text("raise ValueError('too old')")
+    )
     assert main(["compare", "HEAD", *OPTIONS]) == 1
     assert "the old revision cannot be measured by this benchmark: ValueError: too old" in capsys.readouterr().err
 
@@ -154,7 +166,7 @@ def test_a_revision_that_cannot_be_measured_is_said_and_cleaned_up(repository, m
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
 def test_an_interruption_while_measuring_leaves_nothing(repository, sent, monkeypatch, capsys):
-    built_by(monkeypatch, lambda tree: None)
+    built_by(monkeypatch, lambda tree, device: None)
     write(repository, "new", seconds=1.0, sleeps=60.0)
     diary = repository.parent / "diary"
 
@@ -168,12 +180,18 @@ def test_an_interruption_while_measuring_leaves_nothing(repository, sent, monkey
     assert "interrupted: the worktree is removed" in capsys.readouterr().out
 
 
-def test_an_interruption_while_building_leaves_nothing(repository, monkeypatch, capsys):
-    def builder(tree):
-        raise KeyboardInterrupt
-
-    built_by(monkeypatch, builder)
+def test_an_interruption_while_building_ends_the_compilers(repository, capsys):
+    """Which processes of the build start: here one that would write a file in the end."""
+    proof = repository.parent / "compiled"
+    compiler = f"import time, pathlib; time.sleep(1); pathlib.Path({str(proof)!r}).write_text('')"
+    (repository / "csrc" / "kernel.cpp").write_text("// another kernel\n")
+    setup = f"import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', {compiler!r}]))\n"
+    (repository / "setup.py").write_text(setup)
+    git(repository, "commit", "--quiet", "-m", "slow", "setup.py")
+    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert main(["compare", "HEAD", *OPTIONS]) == 130
+    threading.Event().wait(1.5)
+    assert not proof.exists()
 
 
 # The worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -17,7 +18,9 @@ FAST = ("--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-w
 
 def run(*options: str) -> str:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "-q", *options]
-    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, check=False)
+    # Nothing is timed in workers of pytest-xdist, and these tests may run in one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=record.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

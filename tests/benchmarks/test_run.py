@@ -137,6 +137,15 @@ def test_the_peak_of_a_network_grows_with_training():
     assert 0 < work.memory_needed("inference") < work.memory_needed("training")
 
 
+def test_a_gpu_has_what_is_free_and_what_the_allocator_keeps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 200)
+    assert memory.available_bytes("cuda") == 1300
+    assert memory.shortage(1000, "cuda") is None
+    assert memory.shortage(1200, "cuda") == "it takes about 0.0 GB of memory, and 0.0 GB are free"
+
+
 def test_a_container_leaves_what_its_limit_leaves(tmp_path):
     files = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 300\ninactive_file 200\n"}
     for name, text in files.items():

@@ -21,7 +21,7 @@ from benchmarks.__main__ import main
 from fastseg.models.model import SegmentationModel
 from fastseg.testing import assert_alike
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 NETWORKS = pytest.mark.parametrize("name", learner.RECIPES)
 ALONE = learner.Group("cpu")
 TINY = {"size": 32, "batch": 4, "pictures": 12, "held_out": 4, "seeds": 1, "steps": 6}
