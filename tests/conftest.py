@@ -7,6 +7,7 @@ gpu.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 CACHE = tempfile.TemporaryDirectory(prefix="fastseg-tests-")
 os.environ["FASTSEG_CACHE"] = CACHE.name
 os.environ["FASTSEG_TUNE"] = "0"  # what "auto" takes on a GPU does not depend on the clock either
+
+# A shell without job control starts background jobs with interrupts ignored, and tests send some to their children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
