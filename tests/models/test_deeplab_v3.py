@@ -22,11 +22,10 @@ from fastseg.testing import (
     expected_scores,
     random_tensor,
 )
+from tests.models.common import SIZE, gradients, images, layers, targets
 from tests.networks import fold_everything, folds, lively, one_thread
 
 TORCHVISION = ("resnet50", "resnet101", "mobilenet_v3_large")
-# No side is a multiple of any stride; rate 12 at output stride 8 sees something of a high image.
-SIZE = (97, 70)
 HIGH = (97, 34)
 SMALL = (33, 20)
 FORMS = {
@@ -53,21 +52,6 @@ def on_meta(**options) -> nn.Module:
         return deeplab_v3(21, **options, layers="native")
 
 
-def images(batch=2, size=SIZE) -> torch.Tensor:
-    return random_tensor((batch, 3, *size), torch.float32)
-
-
-def targets(batch=2, size=SIZE) -> torch.Tensor:
-    found = torch.randint(5, (batch, *size), generator=torch.Generator().manual_seed(3))
-    found[:, :2] = -100
-    return found
-
-
-def gradients(model) -> torch.Tensor:
-    """All in one vector: of a bias that a batch norm takes away again, the gradient is nothing but rounding."""
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
 @functools.cache
 def theirs(encoder: str) -> nn.Module:
     models = pytest.importorskip("torchvision.models.segmentation")
@@ -86,11 +70,6 @@ def their_logits(encoder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch
 
 @pytest.fixture(params=FORMS)
 def form(request):
-    return request.param
-
-
-@pytest.fixture(params=["fastseg", "native"])
-def layers(request):
     return request.param
 
 

@@ -22,10 +22,9 @@ from fastseg.testing import (
     expected_scores,
     random_tensor,
 )
+from tests.models.common import SIZE, gradients, images, layers, targets
 from tests.networks import fold_everything, folds, lively, one_thread
 
-# No side is a multiple of any stride.
-SIZE = (97, 70)
 SMALL = (33, 20)
 FORMS = {
     "xception65": dict(),
@@ -63,21 +62,6 @@ def on_meta(**options) -> nn.Module:
         return deeplab_v3plus(21, **options, layers="native")
 
 
-def images(batch=2, size=SIZE) -> torch.Tensor:
-    return random_tensor((batch, 3, *size), torch.float32)
-
-
-def targets(batch=2, size=SIZE) -> torch.Tensor:
-    found = torch.randint(5, (batch, *size), generator=torch.Generator().manual_seed(3))
-    found[:, :2] = -100
-    return found
-
-
-def gradients(model) -> torch.Tensor:
-    """All in one vector: of a bias that a batch norm takes away again, the gradient is nothing but rounding."""
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
 @pytest.fixture(params=FORMS)
 def form(request):
     return request.param
@@ -86,11 +70,6 @@ def form(request):
 @pytest.fixture(params=[form for form, options in FORMS.items() if "channels" in options])
 def light_form(request):
     """For what the head alone decides."""
-    return request.param
-
-
-@pytest.fixture(params=["fastseg", "native"])
-def layers(request):
     return request.param
 
 

@@ -81,7 +81,7 @@ def layers(request):
 
 
 class TestPaper:
-    """The numbers of models.md, on the meta device: nothing is computed."""
+    """The paper's numbers, on the meta device: nothing is computed."""
 
     @pytest.mark.parametrize(
         ("arguments", "options", "wanted"),
