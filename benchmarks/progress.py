@@ -6,12 +6,12 @@ import shutil
 import time
 from typing import TextIO
 
-from fastseg.progress import duration
+from fastseg.progress import Line, duration
 
 _BAR = 24  # characters
 
 
-class Bar:
+class Bar(Line):
     """Steps of known weights; the time left follows from how long the weights took so far.
 
     Args:
@@ -21,12 +21,11 @@ class Bar:
     """
 
     def __init__(self, weights: list[float], budget: float, stream: TextIO):
-        self.weights, self.budget, self.stream = weights, budget, stream
-        self.live = stream.isatty()
+        super().__init__(stream)
+        self.weights, self.budget = weights, budget
         self.start = time.monotonic()
         self.done = 0  # steps
         self.measured = 0.0  # weight of those that were measured, not skipped
-        self._shown = 0  # characters of the line that stands on the terminal
 
     def left(self) -> float | None:
         """Seconds, None before the first step is done."""
@@ -50,16 +49,6 @@ class Bar:
         if line is not None:
             self.say(line if self.live else f"{line}  [{self._count()}]")
 
-    def say(self, line: str) -> None:
-        self.clear()
-        print(line, file=self.stream, flush=True)
-
-    def clear(self) -> None:
-        if self._shown:
-            self.stream.write("\r" + " " * self._shown + "\r")
-            self.stream.flush()
-            self._shown = 0
-
     def _count(self) -> str:
         left = self.left()
         rest = "" if left is None else f", {duration(left)} left"
@@ -68,7 +57,4 @@ class Bar:
     def _show(self, name: str) -> None:
         full = round(_BAR * self.done / max(1, len(self.weights)))
         line = f"[{'#' * full}{'.' * (_BAR - full)}] {self._count()}: {name}"
-        line = line[: shutil.get_terminal_size().columns - 1]
-        self.stream.write("\r" + line.ljust(self._shown))
-        self.stream.flush()
-        self._shown = len(line)
+        self.write(line[: shutil.get_terminal_size().columns - 1])

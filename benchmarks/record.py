@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from fastseg import winners
+from fastseg.winners import cpu_model
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,7 +194,7 @@ def machine(device: str) -> dict:
     """Hardware and versions, without names of hosts or users."""
     facts = {
         "device": winners.device_name("cpu" if device == "cpu" else "cuda"),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -219,14 +220,6 @@ def machine(device: str) -> dict:
             "cudnn_tf32": torch.backends.cudnn.allow_tf32,
         }
     return facts
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _load() -> float | None:

@@ -31,7 +31,7 @@ from fastseg.ops.arguments import ConvArguments, normalise
 from fastseg.ops.batch_norm import INPLACE_ACTIVATIONS
 from fastseg.ops.conv2d import operator_of
 from fastseg.ops.convolution import geometry_of, sized
-from fastseg.ops.geometry import conv_memory_format, live_outputs
+from fastseg.ops.geometry import conv_memory_format, live_pairs
 from fastseg.ops.live_taps import live_share, rectangles
 from fastseg.pyramids import find_pyramids
 from fastseg.report import Report, Row, times
@@ -380,8 +380,7 @@ def _live_taps(call: _Call) -> float:
     for axis in range(2):
         size, outputs, taps = call.input[2 + axis], call.output[2 + axis], kernel[axis]
         stride, pad, dilation = arguments.stride[axis], arguments.padding[2 * axis], arguments.dilation[axis]
-        live = [live_outputs(size, outputs, stride, pad, tap * dilation)[0] for tap in range(taps)]
-        share *= sum(part.stop - part.start for part in live) / max(1, outputs * taps)
+        share *= live_pairs(size, outputs, stride, pad, dilation, taps) / max(1, outputs * taps)
     return share
 
 

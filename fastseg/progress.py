@@ -6,7 +6,32 @@ import time
 from typing import TextIO
 
 
-class Progress:
+class Line:
+    """One line that is written over, on a terminal; what is said stands above it and stays."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.live = stream.isatty()
+        self._shown = 0  # characters of the line that stands on the terminal
+
+    def write(self, line: str) -> None:
+        self.stream.write("\r" + line.ljust(self._shown))
+        self.stream.flush()
+        self._shown = len(line)
+
+    def say(self, sentence: str) -> None:
+        """A line of its own, which stays."""
+        self.clear()
+        print(sentence, file=self.stream, flush=True)
+
+    def clear(self) -> None:
+        if self._shown:
+            self.stream.write("\r" + " " * self._shown + "\r")
+            self.stream.flush()
+            self._shown = 0
+
+
+class Progress(Line):
     """Counts `total` things.
 
     Args:
@@ -15,12 +40,10 @@ class Progress:
     """
 
     def __init__(self, total: int, what: str, stream: TextIO):
+        super().__init__(stream)
         self.total = total
         self.what = what
-        self.stream = stream
-        self.live = stream.isatty()
         self.start = time.monotonic()
-        self.shown = 0  # characters of the line that stands on the terminal
 
     def show(self, done: int) -> None:
         """Say that `done` of them are done."""
@@ -28,23 +51,7 @@ class Progress:
         line = f"{done}/{self.total} {self.what}, {done / seconds:.3g} a second"
         if 0 < done < self.total:
             line += f", {duration(seconds / done * (self.total - done))} left"
-        if not self.live:
-            print(line, file=self.stream, flush=True)
-            return
-        self.stream.write("\r" + line.ljust(self.shown))
-        self.stream.flush()
-        self.shown = len(line)
-
-    def say(self, sentence: str) -> None:
-        """A line of its own, which stays."""
-        self.clear()
-        print(sentence, file=self.stream, flush=True)
-
-    def clear(self) -> None:
-        if self.shown:
-            self.stream.write("\r" + " " * self.shown + "\r")
-            self.stream.flush()
-            self.shown = 0
+        self.write(line) if self.live else self.say(line)
 
 
 def duration(seconds: float) -> str:

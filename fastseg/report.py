@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 
 @dataclasses.dataclass
@@ -94,17 +95,29 @@ def _table(rows: list[Row]) -> list[str]:
         return ["no convolutions"]
     columns = ("ms", "native ms", "ratio", "live", "MB", "of bound")
     head = ["layer", "input", "convolution", "kernel", "margin", *columns, "folds"]
-    lines = [head, *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    right = range(4, 5 + len(columns))
-    padded = [
+    return aligned(head, [_cells(row) for row in rows], right=range(4, 5 + len(columns)))
+
+
+def aligned(head: list[str], lines: list[list[str]], right: Iterable[int] = ()) -> list[str]:
+    """Lines of text with cells one below the other, those of `right` to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    texts = [
         "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in lines
+        for line in [head, *lines]
     ]
-    return [padded[0], "-" * max(map(len, padded)), *padded[1:]]
+    return [texts[0], "-" * max(map(len, texts)), *texts[1:]]
+
+
+def geometry_text(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> str:
+    """A convolution in short, such as "3x3 s2 d1,2 g16"; what is 1 is left out."""
+    text = "x".join(map(str, kernel))
+    for letter, numbers in (("s", stride), ("d", dilation)):
+        if any(number != 1 for number in numbers):
+            text += f" {letter}" + (",".join(map(str, numbers)) if len(set(numbers)) > 1 else str(numbers[0]))
+    return text + (f" g{groups}" if groups > 1 else "")
 
 
 def times(ratio: float) -> str:
@@ -114,12 +127,7 @@ def times(ratio: float) -> str:
 def _cells(row: Row) -> list[str]:
     """One line of the table."""
     repeated = f" x{row.calls}" if row.calls > 1 else ""
-    convolution = "x".join(map(str, row.kernel_size))
-    for letter, (vertical, horizontal) in (("s", row.stride), ("d", row.dilation)):
-        if (vertical, horizontal) != (1, 1):
-            convolution += f" {letter}{vertical}" if vertical == horizontal else f" {letter}{vertical},{horizontal}"
-    if row.groups > 1:
-        convolution += f" g{row.groups}"
+    convolution = geometry_text(row.kernel_size, row.stride, row.dilation, row.groups)
     return [
         row.name + repeated,
         "x".join(map(str, row.input)),

@@ -95,11 +95,11 @@ def device_name(device_type: str) -> str:
     if device_type == "cuda":
         return torch.cuda.get_device_name()
     instructions = "" if extension.EXTENSION is None else f", {extension.EXTENSION.cpu_capability()}"
-    return f"{_cpu_model()}{instructions}, {torch.get_num_threads()} threads"
+    return f"{cpu_model()}{instructions}, {torch.get_num_threads()} threads"
 
 
 @functools.cache
-def _cpu_model() -> str:
+def cpu_model() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

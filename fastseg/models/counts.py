@@ -26,7 +26,8 @@ from fastseg import dispatch
 from fastseg.accelerate import restore
 from fastseg.models.receptive_field import Graph, tensors_in
 from fastseg.nn.aspp import PyramidModule
-from fastseg.ops.geometry import live_outputs
+from fastseg.ops.geometry import live_pairs
+from fastseg.report import aligned, geometry_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +90,9 @@ class Summary:
     def __str__(self) -> str:
         return "\n".join([
             f"{self.model} on {_by(self.input)}", "",
-            *_columns(["layer", "convolution", "input", "output", "parameters", "M mult-adds", "live"],
+            *aligned(["layer", "convolution", "input", "output", "parameters", "M mult-adds", "live"],
                       [_cells(row) for row in self.rows], right=(4, 5, 6)), "",
-            *_columns(["stage", "output"], [[feature.name, _by(feature.shape)] for feature in self.features]), "",
+            *aligned(["stage", "output"], [[feature.name, _by(feature.shape)] for feature in self.features]), "",
             *self._totals(),
             *(f"warning: {warning}" for warning in self.warnings),
         ])  # fmt: skip
@@ -315,7 +316,7 @@ class _Recorder(TorchDispatchMode):
             self._name(), "transposed" if transposed else "convolution", kernel, tuple(stride), tuple(dilation), groups,
             tuple(x.shape), tuple(y.shape), _parameters(weight, bias), 1, macs,
             macs if transposed else _space_to_batch(macs, y.shape[2:], kernel, dilation),
-            macs * prod(_live_pairs(*axis) for axis in axes) // max(1, pairs),
+            macs * prod(live_pairs(*axis) for axis in axes) // max(1, pairs),
         )  # fmt: skip
         self._counts[row] += 1
         reads = self.graph.number(x)
@@ -395,12 +396,6 @@ def _space_to_batch(macs: int, output: Iterable[int], kernel: Iterable[int], dil
     return macs
 
 
-def _live_pairs(size: int, outputs: int, stride: int, pad: int, dilation: int, taps: int) -> int:
-    """Along one axis, in how many pairs of an output and a tap the tap looks at the image."""
-    reached = (live_outputs(size, outputs, stride, pad, tap * dilation)[0] for tap in range(taps))
-    return sum(outputs.stop - outputs.start for outputs in reached)
-
-
 def _dead_taps(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         rate = max((rate for rate, taps in zip(row.dilation, row.kernel, strict=True) if taps > 1), default=1)
@@ -447,25 +442,9 @@ def _spaced(number: int) -> str:
 
 def _cells(row: Row) -> list[str]:
     """One line of the table."""
-    kind = _by(row.kernel) or row.kind
-    for letter, numbers in (("s", row.stride), ("d", row.dilation)):
-        if max(numbers, default=1) > 1:
-            kind += f" {letter}" + (",".join(map(str, numbers)) if len(set(numbers)) > 1 else str(numbers[0]))
-    kind += (f" g{row.groups}" if row.groups > 1 else "") + (" transposed" if row.kind == "transposed" else "")
+    kind = geometry_text(row.kernel, row.stride, row.dilation, row.groups) or row.kind
+    kind += " transposed" if row.kind == "transposed" else ""
     return [
         row.name + (f" x{row.calls}" if row.calls > 1 else ""), kind, _by(row.input), _by(row.output),
         _spaced(row.parameters), f"{row.macs / 1e6:.2f}", f"{100 * row.live:.0f} %",
     ]  # fmt: skip
-
-
-def _columns(head: list[str], lines: list[list[str]], right: Iterable[int] = ()) -> list[str]:
-    """Lines of text with cells one below the other, those of `right` to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    texts = [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [head, *lines]
-    ]
-    return [texts[0], "-" * max(map(len, texts)), *texts[1:]]

@@ -40,6 +40,12 @@ def live_outputs(size: int, outputs: int, stride: int, pad: int, offset: int) ->
     return slice(first, last + 1), slice(start, start + (last - first) * stride + 1, stride)
 
 
+def live_pairs(size: int, outputs: int, stride: int, pad: int, dilation: int, taps: int) -> int:
+    """Along one axis, in how many pairs of an output and a tap the tap looks at the image."""
+    reached = (live_outputs(size, outputs, stride, pad, tap * dilation)[0] for tap in range(taps))
+    return sum(outputs.stop - outputs.start for outputs in reached)
+
+
 def tap_slices(input, weight, size, stride, padding, dilation) -> Iterator[tuple]:
     """Each filter tap (r, s) with the index of the outputs that it reaches, and that of the inputs it reads there.
 
