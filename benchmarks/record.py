@@ -36,7 +36,6 @@ from pathlib import Path
 import torch
 
 from fastseg import winners
-from fastseg.winners import cpu_model
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +193,7 @@ def machine(device: str) -> dict:
     """Hardware and versions, without names of hosts or users."""
     facts = {
         "device": winners.device_name("cpu" if device == "cpu" else "cuda"),
-        "cpu": cpu_model(),
+        "cpu": winners.cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -22,12 +22,11 @@ from fastseg.testing import (
     expected_scores,
     random_tensor,
 )
-from tests.models.common import SIZE, gradients, images, layers, targets
+from tests.models.common import SIZE, SMALL, FormPromises, gradients, images, layers, targets
 from tests.networks import fold_everything, folds, lively, one_thread
 
 TORCHVISION = ("resnet50", "resnet101", "mobilenet_v3_large")
 HIGH = (97, 34)
-SMALL = (33, 20)
 FORMS = {
     "mobilenet": dict(encoder="mobilenet_v3_large", aux=True, rates=(2, 3, 4)),
     "mobilenet-paper": dict(encoder="mobilenet_v3_large", weights_layout="paper", channels=32, output_stride=8),
@@ -66,6 +65,16 @@ def their_logits(encoder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch
     """In float32, and as they should be."""
     x = images(1, HIGH)
     return theirs(encoder)(x), copy.deepcopy(theirs(encoder)).double()(x.double())
+
+
+@pytest.fixture
+def build():
+    return built
+
+
+@pytest.fixture
+def light_form(form):
+    return form
 
 
 @pytest.fixture(params=FORMS)
@@ -242,7 +251,7 @@ class TestForm:
             built("mobilenet", layers)(torch.zeros(2, 4, 33, 33))
 
 
-class TestEveryForm:
+class TestEveryForm(FormPromises):
     def test_logits_have_the_images_size(self, form, layers):
         model = built(form, layers).eval()
         with torch.no_grad():
@@ -252,27 +261,6 @@ class TestEveryForm:
         assert own.shape == (1, 5, *(-(-n // stride) for n in SIZE))
         corners = FORMS[form].get("align_corners", False)
         assert_alike(y, nn.functional.interpolate(own, SIZE, mode="bilinear", align_corners=corners))
-
-    def test_both_kinds_of_layers_have_the_same_parameters(self, form):
-        fast, native = built(form).state_dict(), built(form, "native").state_dict()
-        assert list(fast) == list(native)
-        for key, value in fast.items():
-            assert torch.equal(value, native[key]), key
-
-    def test_fastseg_layers_are_as_accurate_as_native_ones(self, form):
-        model, native = built(form).eval(), built(form, "native").eval()
-        with torch.no_grad():
-            exact = copy.deepcopy(native).double()(images(1).double())
-            assert_no_less_accurate(model(images(1)), native(images(1)), exact, 2, form)
-
-    def test_both_kinds_of_layers_train_alike(self, form):
-        models = [built(form, layers).double() for layers in ("fastseg", "native")]
-        for model in models:
-            # Of two pooled images a batch norm keeps the sign alone, and gradients behind it are nothing but rounding.
-            model.loss(images(3, SMALL).double(), targets(3, SMALL)).backward()
-        assert_alike(*map(gradients, models))
-        for a, b in zip(*(model.buffers() for model in models), strict=True):
-            assert_alike(a, b)
 
     def test_accelerate_fuses_the_aspp_and_folds_every_norm(self, form, folds):
         """All but the auxiliary head's, which `forward` does not run, and the pooled image's, a vector."""
@@ -304,23 +292,6 @@ class TestEveryForm:
         bound = sum(share * one.bound for one, (_, share) in zip(wanted, outputs, strict=True))
         # Their sum is rounded once more.
         assert_within(loss, type(wanted[0])(value, bound + 2.0**-24 * value), "loss")
-
-    def test_predict_is_the_argmax_of_the_resized_logits(self, form, layers):
-        model = built(form, layers)
-        with torch.no_grad():
-            logits = copy.deepcopy(model).eval().logits(images(2, SMALL))
-        assert_argmax(model.predict(images(2, SMALL)), expected_scores(logits, SMALL, model.resize.align_corners))
-        assert model.training
-
-    def test_copies_give_the_same(self, form, layers):
-        model = built(form, layers).eval()
-        other = lively(built(form, layers)).eval()
-        with torch.no_grad():
-            wanted = model(images(1, SMALL))
-            assert not torch.equal(other(images(1, SMALL)), wanted)
-            other.load_state_dict(model.state_dict())
-            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
-                assert torch.equal(twin(images(1, SMALL)), wanted)
 
 
 class TestBatchOfOne:

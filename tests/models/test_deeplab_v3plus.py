@@ -22,10 +22,9 @@ from fastseg.testing import (
     expected_scores,
     random_tensor,
 )
-from tests.models.common import SIZE, gradients, images, layers, targets
+from tests.models.common import SIZE, SMALL, FormPromises, gradients, images, layers, targets
 from tests.networks import fold_everything, folds, lively, one_thread
 
-SMALL = (33, 20)
 FORMS = {
     "xception65": dict(),
     "mobilenet_v2": dict(encoder="mobilenet_v2", channels=32),
@@ -60,6 +59,11 @@ def built(form: str, layers: str = "fastseg") -> nn.Module:
 def on_meta(**options) -> nn.Module:
     with torch.device("meta"):
         return deeplab_v3plus(21, **options, layers="native")
+
+
+@pytest.fixture
+def build():
+    return built
 
 
 @pytest.fixture(params=FORMS)
@@ -263,7 +267,7 @@ class TestForm:
             built("mobilenet_v2", layers)(torch.zeros(2, 4, 33, 33))
 
 
-class TestEveryForm:
+class TestEveryForm(FormPromises):
     def test_logits_have_the_images_size(self, light_form, layers):
         model = built(light_form, layers).eval()
         with torch.no_grad():
@@ -271,27 +275,6 @@ class TestEveryForm:
         assert y.shape == (1, 5, *SIZE)
         corners = FORMS[light_form].get("align_corners", False)
         assert_alike(y, nn.functional.interpolate(own, SIZE, mode="bilinear", align_corners=corners))
-
-    def test_both_kinds_of_layers_have_the_same_parameters(self, form):
-        fast, native = built(form).state_dict(), built(form, "native").state_dict()
-        assert list(fast) == list(native)
-        for key, value in fast.items():
-            assert torch.equal(value, native[key]), key
-
-    def test_fastseg_layers_are_as_accurate_as_native_ones(self, form):
-        model, native = built(form).eval(), built(form, "native").eval()
-        with torch.no_grad():
-            exact = copy.deepcopy(native).double()(images(1).double())
-            assert_no_less_accurate(model(images(1)), native(images(1)), exact, 2, form)
-
-    def test_both_kinds_of_layers_train_alike(self, light_form):
-        models = [built(light_form, layers).double() for layers in ("fastseg", "native")]
-        for model in models:
-            # Of two pooled images a batch norm keeps the sign alone, and gradients behind it are nothing but rounding.
-            model.loss(images(3, SMALL).double(), targets(3, SMALL)).backward()
-        assert_alike(*map(gradients, models))
-        for a, b in zip(*(model.buffers() for model in models), strict=True):
-            assert_alike(a, b)
 
     def test_accelerate_fuses_the_aspp_and_folds_every_norm(self, form, folds):
         """All but the pooled image's, a vector."""
@@ -312,23 +295,6 @@ class TestEveryForm:
             logits, loss = model.logits(x), model.loss(x, target, **options)
         corners = model.resize.align_corners
         assert_within(loss, expected_cross_entropy(logits, target, align_corners=corners, **options)[0], "loss")
-
-    def test_predict_is_the_argmax_of_the_resized_logits(self, light_form, layers):
-        model = built(light_form, layers)
-        with torch.no_grad():
-            logits = copy.deepcopy(model).eval().logits(images(2, SMALL))
-        assert_argmax(model.predict(images(2, SMALL)), expected_scores(logits, SMALL, model.resize.align_corners))
-        assert model.training
-
-    def test_copies_give_the_same(self, light_form, layers):
-        model = built(light_form, layers).eval()
-        other = lively(built(light_form, layers)).eval()
-        with torch.no_grad():
-            wanted = model(images(1, SMALL))
-            assert not torch.equal(other(images(1, SMALL)), wanted)
-            other.load_state_dict(model.state_dict())
-            for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
-                assert torch.equal(twin(images(1, SMALL)), wanted)
 
 
 @pytest.mark.parametrize(
