@@ -187,7 +187,7 @@ def _check(workload, direction, candidate, entry, calls, results) -> None:
         calls[candidate.name] = prepared
     except (Skip, fastseg.BackendError) as error:
         entry["skipped"] = str(error)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if candidate.role == "fastseg" and not memory.ran_out(error):
             entry["gate"] = {"green": False, "error": None, "message": message}
