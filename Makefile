@@ -31,7 +31,7 @@ test: build
 	$(BIN)/python -m tests.ladder
 
 bench: build
-	$(BIN)/python -m benchmarks --quick --output report.json --html report.html
+	$(BIN)/python -m benchmarks --quick --budget 150 --output report.json --html report.html
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu
