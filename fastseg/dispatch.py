@@ -296,9 +296,35 @@ def _choose_by_size(key: tuple[Problem, str], attempt: Attempt | None) -> Choice
     return choice
 
 
+# Calls that went to native, by what they were made with and the name asked for: to look one up takes half the time
+# of working out its problem, and what native is given are the caller's own arguments.
+_calls_left_to_native: dict[tuple, Choice] = {}
+
+
+def left_to_native(call: tuple, requested: str | None) -> Choice | None:
+    """The choice that an earlier call like this one has met, where it was native and is still to be: else None."""
+    if winners.tuning():
+        return None
+    try:
+        return _calls_left_to_native.get((call, _requested if requested is None else requested))
+    except TypeError:  # a list among the arguments
+        return None
+
+
+def leave_to_native(call: tuple, requested: str | None, choice: Choice) -> None:
+    """Let later calls like this one meet `choice`, which is native, at once."""
+    if choice.provisional or winners.tuning():
+        return
+    if len(_calls_left_to_native) >= _MOST_SIZED_CHOICES:
+        _calls_left_to_native.clear()
+    with contextlib.suppress(TypeError):
+        _calls_left_to_native[call, _requested if requested is None else requested] = choice
+
+
 def forget_sized_choices() -> None:
     """What was chosen from tables that have changed is chosen anew."""
     _sized_choices.clear()
+    _calls_left_to_native.clear()
 
 
 _BY_NAME = "asked for by name"

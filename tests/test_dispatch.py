@@ -12,6 +12,8 @@ import torch
 
 import fastseg
 from fastseg import dispatch, extension, gpu_choice
+from fastseg.counters import native_calls
+from fastseg.ops import arguments, convolution
 
 ROOT = Path(__file__).parent.parent
 DEPTHWISE = dispatch.Problem("depthwise_conv2d", "cpu", torch.float32)
@@ -166,6 +168,45 @@ def test_choices_by_size_do_not_pile_up(monkeypatch):
     for size in range(33, 43):
         dispatch.choose(dense(64, 64, size))
     assert 0 < len(dispatch._sized_choices) <= 4
+    monkeypatch.setattr(dispatch, "_calls_left_to_native", {})
+    for size in range(33, 43):
+        fastseg.ops.conv2d(torch.ones(1, 8, size, size), torch.ones(8, 8, 3, 3))
+    assert 0 < len(dispatch._calls_left_to_native) <= 4
+
+
+def test_a_call_that_went_to_native_goes_there_again_at_once(monkeypatch):
+    dispatch.forget_sized_choices()
+    worked_out = []
+    monkeypatch.setattr(convolution, "normalise", lambda *call: worked_out.append(call) or arguments.normalise(*call))
+    x, weight = torch.randn(1, 16, 9, 9), torch.randn(16, 16, 3, 3)
+    before = native_calls.total()
+
+    def call(padding=1, **settings):
+        return fastseg.ops.conv2d(settings.pop("input", x), weight, padding=padding, **settings)
+
+    assert torch.equal(call(), call())
+    assert (len(worked_out), native_calls.total() - before) == (1, 2)
+    # Whatever "auto" looks at tells calls apart.
+    for settings in (
+        {"input": x.to(memory_format=torch.channels_last)}, {"input": x[:, :, 1:]}, {"padding": 2}, {"dilation": 2},
+        {"stride": 2}, {"activation": "relu"}, {"backend": "reference"}, {"input": x.clone().requires_grad_()},
+    ):  # fmt: skip
+        known = len(worked_out)
+        call(**settings)
+        assert len(worked_out) == known + 1, settings
+    known = len(worked_out)
+    with fastseg.backend("reference"):
+        call()
+    assert len(worked_out) == known + 1
+
+
+def test_calls_that_cannot_be_remembered_run():
+    weight = torch.randn(16, 16, 3, 3)
+    y = [fastseg.ops.conv2d(torch.ones(1, 16, 9, 9), weight, padding=[1, 1]) for _ in range(2)]
+    assert torch.equal(*y)
+    for wrong in ({"weight": "filters"}, {"weight": weight, "bias": 3}, {"weight": weight, "padding": {}}):
+        with pytest.raises(TypeError):
+            fastseg.ops.conv2d(torch.ones(1, 16, 9, 9), **wrong)
 
 
 def test_auto_runs_what_it_chose():

@@ -17,15 +17,25 @@ from fastseg.ops.native import native_conv2d
 def run_convolution(operator, input, weight, bias, stride, padding, dilation, groups, activation, backend):
     """Run `operator`, one of dispatch.Problem's, on the arguments of torch.nn.functional.conv2d."""
     check_activation(activation)
-    arguments = choice = refusal = geometry = attempt = None
+    arguments = choice = refusal = geometry = attempt = call = None
     gradient = False
     if isinstance(input, torch.Tensor):
+        dtype = arithmetic_dtype(input)
         if not torch.compiler.is_compiling() and dispatch.depends_on_geometry(operator, input.device.type):
+            if _are_strided(input, weight, bias):
+                gradient = records((input, weight, bias))
+                call = (
+                    operator, input.device.type, input.shape, input.stride(), weight.shape, dtype, stride, padding,
+                    dilation, groups, gradient, activation,
+                )  # fmt: skip
+                known = dispatch.left_to_native(call, backend)
+                if known is not None:
+                    dispatch.count_native(operator, known.reason)
+                    return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
             arguments = normalise(input, weight, bias, stride, padding, dilation, groups)
             if arguments is None:
                 return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
             geometry = geometry_of(arguments, weight)
-            gradient = records((input, weight, bias))
 
             def run(name):
                 return run_convolution(
@@ -33,10 +43,11 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
                 )
 
             attempt = Attempt(run, (input, weight, bias))
-        dtype = arithmetic_dtype(input)
         problem = dispatch.Problem(operator, input.device.type, dtype, geometry, gradient, activation)
         choice, refusal = chosen(problem, backend, attempt)
     if choice is not None and choice.backend == "native":
+        if call is not None:
+            dispatch.leave_to_native(call, backend, choice)
         dispatch.count_native(operator, choice.reason)
         return native_conv2d(input, weight, bias, stride, padding, dilation, groups, activation)
     if arguments is None:
@@ -50,6 +61,12 @@ def run_convolution(operator, input, weight, bias, stride, padding, dilation, gr
         arguments.input, weight, bias, arguments.stride, arguments.padding, arguments.dilation, activation,
     )  # fmt: skip
     return y if arguments.batched else y.squeeze(0)
+
+
+def _are_strided(input: torch.Tensor, weight, bias) -> bool:
+    """Whether all are tensors, and this one has strides: whether they say what a call is made with."""
+    tensor = torch.Tensor
+    return input.layout == torch.strided and isinstance(weight, tensor) and isinstance(bias, (tensor, type(None)))
 
 
 def chosen(problem: dispatch.Problem, backend: str | None, attempt: Attempt | None):
