@@ -12,6 +12,7 @@
 #include "csrc/common/conv_shape.h"
 #include "csrc/common/simd.h"
 #include "csrc/dilated/rectangles.h"
+#include "csrc/dilated/winograd_cpu_plan.h"
 
 namespace {
 
@@ -49,6 +50,13 @@ std::vector<std::pair<PySpan, PySpan>> live_rectangles(const std::string& target
   return found;
 }
 
+bool winograd_pays(int64_t images, int64_t channels, int64_t outputs, Pair input, Pair output,
+                   Pair kernel, Pair stride, std::array<int64_t, 4> padding, Pair dilation) {
+  return fastseg::winograd::pays({images, channels, input[0], input[1], outputs, output[0],
+                                  output[1], kernel[0], kernel[1], stride[0], stride[1], padding[0],
+                                  padding[2], dilation[0], dilation[1]});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -65,4 +73,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              pybind11::arg("targets"), pybind11::arg("input"), pybind11::arg("output"),
              pybind11::arg("kernel"), pybind11::arg("stride"), pybind11::arg("padding"),
              pybind11::arg("dilation"));
+  module.def(
+      "winograd_pays", &winograd_pays,
+      "Whether the CPU kernels convolve float32 tensors of these sizes by Winograd's algorithm.",
+      pybind11::arg("images"), pybind11::arg("channels"), pybind11::arg("outputs"),
+      pybind11::arg("input"), pybind11::arg("output"), pybind11::arg("kernel"),
+      pybind11::arg("stride"), pybind11::arg("padding"), pybind11::arg("dilation"));
 }

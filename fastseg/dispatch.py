@@ -247,6 +247,11 @@ def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
         if geometry.channels_last or channels * outputs <= 2**15:
             return None
         return "native is faster for large 1x1 convolutions of contiguous tensors"
+    if extension.EXTENSION.winograd_pays(
+        images, channels, outputs, (height, width), geometry.output, kernel, geometry.stride, geometry.padding,
+        geometry.dilation,
+    ):  # fmt: skip
+        return None
     # How far the filter reaches over the image's size: the share of outputs some taps of which look at padding.
     reach = max(d * (k - 1) / size for d, k, size in zip(geometry.dilation, kernel, (height, width), strict=True))
     if geometry.channels_last:

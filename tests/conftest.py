@@ -89,6 +89,10 @@ def pytest_configure(config):
     torch.backends.cudnn.allow_tf32 = False
     if RUNG == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("the interpreter rung needs TRITON_INTERPRET=1")
+    if RUNG == "interpreter":
+        from tests.interpreter import hasten
+
+        hasten()
     if RUNG == "host":
         from tests.host.library import load_kernels
 

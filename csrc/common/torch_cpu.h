@@ -37,9 +37,10 @@ inline at::ScalarType accumulation_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Memory that a thread keeps between calls: at least `bytes`, aligned to 64; what an earlier call
-// left in it is undefined.
-inline char* thread_scratch(int64_t bytes) {
+// Memory that a thread keeps between calls, one for each `Use`: at least `bytes`, aligned to 64;
+// what an earlier call left in it is undefined.
+template <class Use = void>
+char* thread_scratch(int64_t bytes) {
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
   };

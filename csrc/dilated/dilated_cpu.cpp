@@ -19,6 +19,8 @@
 #include "csrc/common/torch_conv.h"
 #include "csrc/common/torch_cpu.h"
 #include "csrc/dilated/dilated_cpu_plan.h"
+#include "csrc/dilated/winograd_cpu.h"
+#include "csrc/dilated/winograd_cpu_plan.h"
 
 #define FASTSEG_KERNELS "csrc/dilated/dilated_cpu_kernels.h"
 #include "csrc/common/for_each_simd.h"
@@ -119,6 +121,29 @@ at::Tensor with_adjacent_channels(const at::Tensor& tensor, const Kernels& kerne
     }
   });
   return copy;
+}
+
+// The reverse: `pixels` is channels_last.
+void copy_from_channels_last(const at::Tensor& pixels, const at::Tensor& target,
+                             const Kernels& kernels) {
+  if (!target.is_contiguous()) {
+    target.copy_(pixels);
+    return;
+  }
+  const int64_t C = target.size(1), count = target.size(2) * target.size(3);
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = ceil_div(C, kBlock);
+  const auto* from = static_cast<const char*>(pixels.const_data_ptr());
+  auto* to = static_cast<char*>(target.mutable_data_ptr());
+  at::parallel_for(0, target.size(0) * blocks, 1 + (1 << 16) / (kBlock * count),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t image = i / blocks * C * count * target.element_size();
+                       const int64_t first = i % blocks * kBlock;
+                       kernels.to_channels_last(from + image, C, first, std::min(first + kBlock, C),
+                                                count, to + image);
+                     }
+                   });
 }
 
 ConvShape dense_shape(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef stride,
@@ -253,6 +278,31 @@ bool shift_pays(const Branch& branch, const at::Tensor& y, const Kernels& kernel
                                  kernels.panel_columns);
 }
 
+// Whether the convolution of x into y was done by Winograd's algorithm: if that is faster, and all
+// results are finite. `shape` is winograd::turned() for a gradient.
+bool by_winograd(const ConvShape& shape, const at::Tensor& weight, bool is_turned,
+                 const at::Tensor& x, const Epilogue& epilogue, bool adds, const at::Tensor& y,
+                 const Kernels& kernels) {
+  const bool finishes = epilogue.scale.defined() || epilogue.bias.defined() ||
+                        epilogue.activation != Activation::kNone;
+  if (x.scalar_type() != at::kFloat || y.scalar_type() != at::kFloat || (adds && finishes) ||
+      !winograd::pays(shape)) {
+    return false;
+  }
+  const bool in_place = !adds && stride_or_one(y, 1) == 1;
+  const at::Tensor result =
+      in_place ? y
+               : at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const at::Tensor source = with_adjacent_channels(x, kernels);
+  if (!winograd::convolve_into(shape, weight, is_turned, source, epilogue, result)) return false;
+  if (adds) {
+    y.add_(result);
+  } else if (!in_place) {
+    copy_from_channels_last(result, y, kernels);
+  }
+  return true;
+}
+
 }  // namespace
 
 namespace dilated_cpu {
@@ -279,6 +329,7 @@ void forward_into(const Branch& branch, const at::Tensor& x, const Epilogue& epi
     run_few_outputs({branch}, x, kernels, call);
     return;
   }
+  if (by_winograd(shape, branch.weight, false, x, epilogue, adds, y, kernels)) return;
   const at::Tensor w = fastseg::with_adjacent_channels(branch.weight, kernels);
   // With one tap, inputs are read once, and transposed on the way.
   const at::Tensor source =
@@ -308,6 +359,10 @@ void grad_input_into(const Branch& branch, const at::Tensor& grad_y, bool adds,
   const ConvShape& shape = branch.shape;
   const Kernels kernels = kernels_for(grad_y.scalar_type());
   const at::Tensor gy = fastseg::with_adjacent_channels(grad_y, kernels);
+  if (shape.stride_h == 1 && shape.stride_w == 1 &&
+      by_winograd(winograd::turned(shape), branch.weight, true, gy, {}, adds, grad_x, kernels)) {
+    return;
+  }
   const at::Tensor weight = fastseg::with_adjacent_channels(branch.weight, kernels);
   for (const TargetClass& cls : target_classes(input_axes(shape))) {
     Call call = call_into(grad_x, {});
@@ -323,6 +378,10 @@ at::Tensor grad_weight(const ConvShape& shape, const at::Tensor& grad_y, const a
   const Kernels kernels = kernels_for(input.scalar_type());
   const at::Tensor gy = fastseg::with_adjacent_channels(grad_y, kernels);
   const at::Tensor x = fastseg::with_adjacent_channels(input, kernels);
+  if (x.scalar_type() == at::kFloat && winograd::pays(shape)) {
+    const at::Tensor grad = winograd::grad_weight(shape, gy, x);
+    if (grad.defined()) return grad;
+  }
   const TargetClass cls = target_classes(output_axes(shape)).front();
   const int64_t splits = weight_splits(cls.taps, shape.N, shape.K, shape.C);
   const std::vector<WeightTask> tasks =

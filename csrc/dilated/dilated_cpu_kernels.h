@@ -19,7 +19,8 @@
 // finishes them (scale, bias, activation) in registers if it can, and else a pass at the end does.
 //
 // grad_weight is a product whose depth is outputs: see WeightTask. A filter with few output
-// channels goes another way: see ShiftCall.
+// channels goes another way: see ShiftCall. So does, in float, a 3x3 filter of many: see
+// winograd_cpu_plan.h.
 
 #include "csrc/common/product.h"  // and with it simd.h
 #include "csrc/dilated/dilated_cpu_plan.h"
