@@ -99,12 +99,18 @@ def device_name(device_type: str) -> str:
 
 
 @functools.cache
-def cpu_model() -> str:
+def cpu_model(facts: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, with family and model where it names no model, as those of virtual machines."""
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        for line in facts.read_text().splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    if re.search(r"\d", found["model name"]) or not {"cpu family", "model"} <= found.keys():
+        return found["model name"]
+    return f"{found['model name']} family {found['cpu family']} model {found['model']}"
 
 
 def file_name(device: str) -> str:

@@ -523,7 +523,7 @@ FAMILIES = [
         native=_native_aspp,
         expected=_expected_aspp,
         draw=partial(_draw_branches, separable=False),
-        key_cases=("3x3", "v3", "sum", "uneven-widths"),
+        key_cases=("3x3", "v3", "sum-wide", "uneven-widths"),
         strided_cases=("3x3", "sum", "one-pixel", "uneven-widths"),
         takes_tf32=True,
     ),

@@ -56,6 +56,19 @@ def test_a_file_of_its_own_for_each_number_of_threads(monkeypatch):
     assert winners.file_name(winners.device_name("cpu")).endswith("-77-threads.json")
 
 
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ("cpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon(R) Gold 6230\nmodel\t\t: 1\n", "Xeon(R) Gold 6230"),
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n", "AMD EPYC family 26 model 2"),
+        ("model name\t: Virtual\n", "Virtual"),
+    ],
+)
+def test_a_processor_without_a_number_is_told_by_its_family(facts, name, tmp_path):
+    (tmp_path / "cpuinfo").write_text(facts)
+    assert winners.cpu_model(tmp_path / "cpuinfo") == name
+
+
 def test_under_autocast_the_dtype_is_autocasts(clock):
     with torch.autocast("cpu", torch.bfloat16):
         assert dtypes(fastseg.tune(filters(), image())) == {"bfloat16"}
