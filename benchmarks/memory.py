@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -110,8 +112,17 @@ def _free_of_the_group(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
     return limit - used + dropped
 
 
+def give_back_freed_memory() -> None:
+    """Return to the system what earlier cases have left in pieces (see keep_freed_memory), where the C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def shortage(needed: int, device: str) -> str | None:
     """Why a case that takes `needed` bytes is better not tried, or None."""
+    if device == "cpu":
+        give_back_freed_memory()
     available = available_bytes(device)
     if available is None or needed <= MOST * available:
         return None

@@ -86,7 +86,8 @@ Call call_of(const ConvShape& shape, const Starts& starts, const at::Tensor& x,
   return call;
 }
 
-// Memory that the calling thread keeps between calls, and shares with others during one.
+// Memory that the calling thread keeps between calls, and shares with others during one: up to 21
+// MB.
 float* shared_scratch(int64_t elements) {
   struct Shared {};
   return reinterpret_cast<float*>(
@@ -96,8 +97,10 @@ float* shared_scratch(int64_t elements) {
 // Whether all results are finite.
 bool convolve(const Call& call, const Taps& taps) {
   const Kernels found = kernels();
-  const int64_t threads = threads_for(call.tiles() * kElements * call.channels * call.columns);
-  // Blocks of equal size, as many for each thread.
+  // Blocks of equal size, as many for each thread, and worth reading the filter for.
+  const int64_t threads =
+      std::min(threads_for(call.tiles() * kElements * call.channels * call.columns),
+               ceil_div(call.tiles(), found.tile_rows));
   const int64_t most = std::max(kMaxTiles, kSums / (kElements * call.columns));
   const int64_t passes = ceil_div(call.tiles(), most);
   const int64_t at_once = round_up(ceil_div(ceil_div(call.tiles(), passes), kMaxTiles), threads);

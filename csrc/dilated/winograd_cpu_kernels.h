@@ -2,10 +2,10 @@
 // the algorithm and csrc/common/simd.h for the rest. In float only: elsewhere it is not faster, or
 // too coarse.
 //
-//     channels, 128 at a time
+//     channels, 64 at a time
 //       U [16][channel][column]     sums and differences of 3x3 taps, as panels
 //       tiles, up to 112 at a time
-//         V [16][tile][channel]     sums and differences of 4x4 inputs              <= 1 MB, L2
+//         V [16][tile][channel]     sums and differences of 4x4 inputs              <= 576 KB, L2
 //         M [16][tile][column]      += V * U, 16 products: see product.h
 //     y                             sums and differences of M, scaled, biased, activated
 //

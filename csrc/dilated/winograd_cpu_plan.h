@@ -37,7 +37,8 @@ namespace winograd {
 
 // Elements of a transformed tile or filter: M is one matrix product for each of them.
 constexpr int64_t kElements = 16;
-// Channels that are transformed and multiplied at a time.
+// Channels that are transformed and multiplied at a time. Their products are one chain of
+// additions, and have to be few: M is larger than y, and so is its rounding.
 constexpr int64_t kDepth = 64;
 // Tiles at a time: as many as keep their V in the second-level cache, and are worth reading U.
 constexpr int64_t kMaxTiles = 112;
