@@ -85,7 +85,7 @@ struct Taps {
 // differences of its inputs and outputs, and those of the filter. The weights of the latter are
 // fitted to times on 2 AVX-512 cores.
 inline int64_t cost(const ConvShape& shape) {
-  constexpr int64_t kOfPixels = 350, kOfFilter = 400;
+  constexpr int64_t kOfPixels = 600, kOfFilter = 400;
   const auto along = [](int64_t targets, int64_t dilation) {
     return static_cast<int64_t>(tile_starts(targets, dilation).size());
   };
