@@ -194,6 +194,7 @@ def test_auto_takes_what_ships_and_explain_shows_it(on_a_recorded_cpu):
         found
         for key, found in on_a_recorded_cpu.items()
         if key.startswith("depthwise_conv2d float32 inference input=(1,384,33,33) weight=(384,1,3,3)")
+        and "channels_last=True" in key
     )
     (shown,) = fastseg.explain(fastseg.accelerate(layer), x).rows
     assert (shown.kernel, shown.reason) == (found["backend"], "measured on such a device")
