@@ -56,13 +56,13 @@ def steps() -> list[Step]:
             "--ignore=tests/test_examples.py",
         ]),
         Step(2, "Triton kernels in the interpreter", [*PYTEST, *SPREAD, *CONTRACT], interpreter),
+        Step(4, "offline compilation and its table of resources", [*PYTEST, "tests/offline"]),
         # Whoever finds a free core is next: those that take the longest come first.
         Step(3, "CUDA kernels on the CPU", [*PYTEST, *CONTRACT], host, 1),
         Step(3, "CUDA kernels with planted bugs", [*PYTEST, "tests/host/test_mutations.py"], host, 1),
         Step(3, "CUDA kernels on the CPU, sanitized", [
             *PYTEST, "tests/test_contract.py", "-k", SANITIZED,
         ], host | {"FASTSEG_SANITIZE": "1"}, 1),
-        Step(4, "offline compilation and its table of resources", [*PYTEST, "tests/offline"], one_core, 1),
         *(
             Step(
                 1, f"C++ CPU kernels, {best} at most", [*PYTEST, *CPU_KERNELS, "-k", "not reference"],
