@@ -86,6 +86,17 @@ inline Capability capability() {
   return chosen;
 }
 
+// Returns of(namespace, bytes of a vector), a macro, for the best instruction set this machine has
+// of those that csrc/common/for_each_simd.h compiles for.
+#if FASTSEG_SIMD_X86
+#define FASTSEG_RETURN_BEST(of)                                   \
+  if (capability() == Capability::kAvx512) return of(avx512, 64); \
+  if (capability() == Capability::kAvx2) return of(avx2, 32);     \
+  return of(plain, 16)
+#else
+#define FASTSEG_RETURN_BEST(of) return of(plain, 16)
+#endif
+
 inline const char* cpu_capability() {
   switch (capability()) {
     case Capability::kAvx512:

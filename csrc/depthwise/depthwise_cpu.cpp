@@ -84,19 +84,15 @@ struct Kernels {
   int64_t (*scratch_bytes)(const Call&);
 };
 
+#define FASTSEG_KERNELS_OF(simd, bytes) \
+  {bytes, simd::forward<S>, simd::backward<S>, simd::reduce<S>, simd::scratch_bytes<S>}
+
 template <class S>
 Kernels kernels_of() {
-#if FASTSEG_SIMD_X86
-  if (capability() == Capability::kAvx512) {
-    return {64, avx512::forward<S>, avx512::backward<S>, avx512::reduce<S>,
-            avx512::scratch_bytes<S>};
-  }
-  if (capability() == Capability::kAvx2) {
-    return {32, avx2::forward<S>, avx2::backward<S>, avx2::reduce<S>, avx2::scratch_bytes<S>};
-  }
-#endif
-  return {16, plain::forward<S>, plain::backward<S>, plain::reduce<S>, plain::scratch_bytes<S>};
+  FASTSEG_RETURN_BEST(FASTSEG_KERNELS_OF);
 }
+
+#undef FASTSEG_KERNELS_OF
 
 Kernels kernels_for(at::ScalarType type) {
   return with_storage(type, [](auto element) { return kernels_of<decltype(element)>(); });

@@ -53,7 +53,7 @@ struct Kernels {
 };
 
 // clang-format off: one line for each thing
-#define FASTSEG_KERNELS_OF(simd)                           \
+#define FASTSEG_KERNELS_OF(simd, bytes)                           \
   {simd::run_part<S>, simd::scratch_bytes<S>,              \
    simd::run_weight_task<S>, simd::kWeightScratchBytes<T>, \
    simd::run_shift<T>,                                     \
@@ -65,11 +65,7 @@ struct Kernels {
 template <class S>
 Kernels kernels_of() {
   using T = typename Accumulator<S>::type;
-#if FASTSEG_SIMD_X86
-  if (capability() == Capability::kAvx512) return FASTSEG_KERNELS_OF(avx512);
-  if (capability() == Capability::kAvx2) return FASTSEG_KERNELS_OF(avx2);
-#endif
-  return FASTSEG_KERNELS_OF(plain);
+  FASTSEG_RETURN_BEST(FASTSEG_KERNELS_OF);
 }
 
 #undef FASTSEG_KERNELS_OF
@@ -94,56 +90,50 @@ Filter filter_of(const at::Tensor& weight) {
           weight.stride(3)};
 }
 
+// [N][rows][columns] -> [N][columns][rows], `block` columns at a time. Our own threads take a
+// fraction of the time of ATen's copy.
+void transpose_into(const at::Tensor& from, const at::Tensor& to, int64_t N, int64_t rows,
+                    int64_t columns, int64_t block, const Kernels& kernels) {
+  const int64_t blocks = ceil_div(columns, block),
+                grain = (1 << 16) / (rows * std::min(columns, block));
+  const auto* source = static_cast<const char*>(from.const_data_ptr());
+  auto* target = static_cast<char*>(to.mutable_data_ptr());
+  at::parallel_for(0, N * blocks, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / blocks * rows * columns * kernels.item;
+      const int64_t first = i % blocks * block;
+      kernels.to_channels_last(source + image, columns, first, std::min(first + block, columns),
+                               rows, target + image);
+    }
+  });
+}
+
 // `tensor` [N, C, H, W], or a weight, with its channels adjacent: a copy, unless it is
-// channels_last already or has one pixel (one tap). Planes are transposed by our own threads, which
-// takes a fraction of what ATen's copy does.
+// channels_last already or has one pixel (one tap).
 at::Tensor with_adjacent_channels(const at::Tensor& tensor, const Kernels& kernels) {
   const int64_t N = tensor.size(0), C = tensor.size(1), pixels = tensor.size(2) * tensor.size(3);
   if (stride_or_one(tensor, 1) == 1) return tensor;
   // A weight's planes fill no vector: there ATen's copy is the faster one.
-  constexpr int64_t kFewPixels = 16;
+  constexpr int64_t kFewPixels = 16, kBlock = 256;
   if (!tensor.is_contiguous() || pixels < kFewPixels) {
     return tensor.contiguous(at::MemoryFormat::ChannelsLast);
   }
   const at::Tensor copy =
       at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::ChannelsLast));
-  constexpr int64_t kBlock = 256;
-  const int64_t blocks = ceil_div(pixels, kBlock),
-                grain = (1 << 16) / (C * std::min(pixels, kBlock));
-  const auto* from = static_cast<const char*>(tensor.const_data_ptr());
-  auto* to = static_cast<char*>(copy.mutable_data_ptr());
-  at::parallel_for(0, N * blocks, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t image = i / blocks * C * pixels * tensor.element_size();
-      const int64_t first = i % blocks * kBlock;
-      kernels.to_channels_last(from + image, pixels, first, std::min(first + kBlock, pixels), C,
-                               to + image);
-    }
-  });
+  transpose_into(tensor, copy, N, C, pixels, kBlock, kernels);
   return copy;
 }
 
 // The reverse: `pixels` is channels_last.
 void copy_from_channels_last(const at::Tensor& pixels, const at::Tensor& target,
                              const Kernels& kernels) {
+  constexpr int64_t kBlock = 64;
   if (!target.is_contiguous()) {
     target.copy_(pixels);
-    return;
+  } else {
+    transpose_into(pixels, target, target.size(0), target.size(2) * target.size(3), target.size(1),
+                   kBlock, kernels);
   }
-  const int64_t C = target.size(1), count = target.size(2) * target.size(3);
-  constexpr int64_t kBlock = 64;
-  const int64_t blocks = ceil_div(C, kBlock);
-  const auto* from = static_cast<const char*>(pixels.const_data_ptr());
-  auto* to = static_cast<char*>(target.mutable_data_ptr());
-  at::parallel_for(0, target.size(0) * blocks, 1 + (1 << 16) / (kBlock * count),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i) {
-                       const int64_t image = i / blocks * C * count * target.element_size();
-                       const int64_t first = i % blocks * kBlock;
-                       kernels.to_channels_last(from + image, C, first, std::min(first + kBlock, C),
-                                                count, to + image);
-                     }
-                   });
 }
 
 ConvShape dense_shape(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef stride,

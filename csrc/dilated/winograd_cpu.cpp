@@ -40,7 +40,7 @@ struct Kernels {
 };
 
 // clang-format off: one line for each thing
-#define FASTSEG_KERNELS_OF(simd)                                            \
+#define FASTSEG_KERNELS_OF(simd, bytes)                                            \
   {simd::winograd_filters, simd::winograd_products, simd::winograd_outputs,   \
    simd::winograd_scratch_bytes, simd::winograd_sums_size, simd::winograd_filters_size, \
    simd::winograd_panels, simd::winograd_grads, simd::winograd_weight_products, \
@@ -48,13 +48,7 @@ struct Kernels {
    simd::kWinogradWeightScratchBytes, simd::kTileRows, simd::kLanes<float>}
 // clang-format on
 
-Kernels kernels() {
-#if FASTSEG_SIMD_X86
-  if (capability() == Capability::kAvx512) return FASTSEG_KERNELS_OF(avx512);
-  if (capability() == Capability::kAvx2) return FASTSEG_KERNELS_OF(avx2);
-#endif
-  return FASTSEG_KERNELS_OF(plain);
-}
+Kernels kernels() { FASTSEG_RETURN_BEST(FASTSEG_KERNELS_OF); }
 
 #undef FASTSEG_KERNELS_OF
 

@@ -157,8 +157,7 @@ inline void winograd_input(const WinogradCall& call, const WinogradTile& tile, i
 inline void winograd_output(const WinogradCall& call, const WinogradTile& tile, const float* m,
                             int64_t m_plane, Vector<float>* poison) {
   constexpr int64_t n = kLanes<float>;
-  const Finish<float> finish = {static_cast<const float*>(call.scale),
-                                static_cast<const float*>(call.bias), call.activation};
+  const Finish<float> finish = {call.scale, call.bias, call.activation};
   float* to = static_cast<float*>(call.target.data) + tile.n * call.target.n +
               tile.p * call.target.h + tile.q * call.target.w;
   const bool two_rows = tile.p + call.dilation_h < call.P;

@@ -67,8 +67,8 @@ struct Call {
   dilated_cpu::Image source, target;
   const int64_t *row_starts, *column_starts;  // tile_starts() of both axes
   int64_t row_count, column_count;
-  const void* scale;  // [columns], or nullptr
-  const void* bias;   // likewise
+  const float* scale;  // [columns], or nullptr
+  const float* bias;   // likewise
   Activation activation;
 
   int64_t tiles() const { return N * row_count * column_count; }
@@ -83,7 +83,7 @@ struct Taps {
 
 // What a convolution costs this way, in multiply-adds: the 16 products of a tile, sums and
 // differences of its inputs and outputs, and those of the filter. The weights of the latter are
-// fitted to times on 2 AVX-512 cores.
+// from times on 2 AVX-512 cores, those when others kept the last-level cache busy.
 inline int64_t cost(const ConvShape& shape) {
   constexpr int64_t kOfPixels = 600, kOfFilter = 400;
   const auto along = [](int64_t targets, int64_t dilation) {
@@ -97,14 +97,14 @@ inline int64_t cost(const ConvShape& shape) {
 
 // Of multiplying with every live tap.
 inline int64_t direct_cost(const ConvShape& shape) {
+  const auto live_taps = [](const Axis& axis) {
+    int64_t count = 0;
+    for (const Segment& s : axis.classes[0].segments)
+      count += (s.end - s.begin) * (s.last - s.first);
+    return count;
+  };
   const Axes axes = output_axes(shape);
-  int64_t rows = 0, columns = 0;
-  for (const Segment& s : axes.rows.classes[0].segments)
-    rows += (s.end - s.begin) * (s.last - s.first);
-  for (const Segment& s : axes.columns.classes[0].segments) {
-    columns += (s.end - s.begin) * (s.last - s.first);
-  }
-  return shape.N * rows * columns * shape.C * shape.K;
+  return shape.N * live_taps(axes.rows) * live_taps(axes.columns) * shape.C * shape.K;
 }
 
 // Whether a convolution can be done this way, and is faster so by a tenth. Tests set

@@ -68,11 +68,7 @@ struct Kernels {
 
 template <class S, class T = typename Accumulator<S>::type>
 Kernels<S, T> kernels_of() {
-#if FASTSEG_SIMD_X86
-  if (capability() == Capability::kAvx512) return FASTSEG_HEAD_KERNELS(avx512, 64);
-  if (capability() == Capability::kAvx2) return FASTSEG_HEAD_KERNELS(avx2, 32);
-#endif
-  return FASTSEG_HEAD_KERNELS(plain, 16);
+  FASTSEG_RETURN_BEST(FASTSEG_HEAD_KERNELS);
 }
 
 #undef FASTSEG_HEAD_KERNELS

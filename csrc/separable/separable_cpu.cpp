@@ -37,34 +37,21 @@ struct Kernels {
   int64_t (*scratch_bytes)(const Call&);
 };
 
+#define FASTSEG_KERNELS_OF(simd, bytes) \
+  {bytes,                               \
+   simd::kPanelColumns<T>,              \
+   simd::pack_separable<S>,             \
+   simd::run_separable<S>,              \
+   simd::separable_panels<S>,           \
+   simd::separable_scratch_bytes<S>}
+
 template <class S>
 Kernels kernels_of() {
   using T = typename Accumulator<S>::type;
-#if FASTSEG_SIMD_X86
-  if (capability() == Capability::kAvx512) {
-    return {64,
-            avx512::kPanelColumns<T>,
-            avx512::pack_separable<S>,
-            avx512::run_separable<S>,
-            avx512::separable_panels<S>,
-            avx512::separable_scratch_bytes<S>};
-  }
-  if (capability() == Capability::kAvx2) {
-    return {32,
-            avx2::kPanelColumns<T>,
-            avx2::pack_separable<S>,
-            avx2::run_separable<S>,
-            avx2::separable_panels<S>,
-            avx2::separable_scratch_bytes<S>};
-  }
-#endif
-  return {16,
-          plain::kPanelColumns<T>,
-          plain::pack_separable<S>,
-          plain::run_separable<S>,
-          plain::separable_panels<S>,
-          plain::separable_scratch_bytes<S>};
+  FASTSEG_RETURN_BEST(FASTSEG_KERNELS_OF);
 }
+
+#undef FASTSEG_KERNELS_OF
 
 Kernels kernels_for(at::ScalarType type) {
   return with_storage(type, [](auto element) { return kernels_of<decltype(element)>(); });

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(RUNG != "cpu", reason="the CPU kernels have thei
 
 CPU = Target("cpu", "cpu")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+# The families made of dense convolutions, the operator itself first.
+DENSE = [family for name in ("dilated_conv2d", "aspp") for family in FAMILIES if family.name == name]
 
 
 def reaches(case) -> bool:
@@ -30,8 +32,7 @@ def reaches(case) -> bool:
 
 CASES = [
     pytest.param(family, case, id=f"{family.name}-{name}")
-    for family in FAMILIES
-    if family.name in ("dilated_conv2d", "aspp")
+    for family in DENSE
     for name, case in family.cases.items()
     if reaches(case) and case.batch > 0
 ]
@@ -73,8 +74,7 @@ def test_no_less_accurate_than_native(layer):
     batch, channels, size, outputs, dilation = layer
     assert pays(images=batch, channels=channels, outputs=outputs, size=(size, size), dilation=(dilation, dilation))
     case = ConvCase(batch, channels, (size, size), padding=(dilation,) * 2, dilation=(dilation,) * 2, outputs=outputs)
-    family = next(family for family in FAMILIES if family.name == "dilated_conv2d")
-    test_contract.test_no_less_accurate_than_native(family, case, torch.float32, CPU)
+    test_contract.test_no_less_accurate_than_native(DENSE[0], case, torch.float32, CPU)
 
 
 @with_plain_cases
@@ -102,7 +102,7 @@ def test_non_finite_values_stay_in_their_window(family, case, where, value, cpu)
     test_contract.test_non_finite_values_stay_in_their_window(family, case, where, value, torch.channels_last, cpu)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in ("dilated_conv2d", "aspp")], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", DENSE, ids=lambda f: f.name)
 def test_any_strides(family, cpu):
     test_contract.test_any_strides(family, cpu)
 
