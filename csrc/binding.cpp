@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -50,11 +51,15 @@ std::vector<std::pair<PySpan, PySpan>> live_rectangles(const std::string& target
   return found;
 }
 
-bool winograd_pays(int64_t images, int64_t channels, int64_t outputs, Pair input, Pair output,
-                   Pair kernel, Pair stride, std::array<int64_t, 4> padding, Pair dilation) {
-  return fastseg::winograd::pays({images, channels, input[0], input[1], outputs, output[0],
-                                  output[1], kernel[0], kernel[1], stride[0], stride[1], padding[0],
-                                  padding[2], dilation[0], dilation[1]});
+std::optional<std::pair<const char*, const char*>> winograd_forms(
+    int64_t images, int64_t channels, int64_t outputs, Pair input, Pair output, Pair kernel,
+    Pair stride, std::array<int64_t, 4> padding, Pair dilation) {
+  const fastseg::ConvShape shape{images,    channels,   input[0],   input[1],    outputs,
+                                 output[0], output[1],  kernel[0],  kernel[1],   stride[0],
+                                 stride[1], padding[0], padding[2], dilation[0], dilation[1]};
+  if (!fastseg::winograd::pays(shape)) return std::nullopt;
+  const fastseg::winograd::Forms forms = fastseg::winograd::best_forms(shape);
+  return std::pair(name_of(forms.rows), name_of(forms.columns));
 }
 
 }  // namespace
@@ -74,8 +79,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              pybind11::arg("kernel"), pybind11::arg("stride"), pybind11::arg("padding"),
              pybind11::arg("dilation"));
   module.def(
-      "winograd_pays", &winograd_pays,
-      "Whether the CPU kernels convolve float32 tensors of these sizes by Winograd's algorithm.",
+      "winograd_forms", &winograd_forms,
+      "By which forms of Winograd's algorithm, of rows and of columns, the CPU kernels convolve "
+      "float32 tensors of these sizes; None where they multiply with every tap.",
       pybind11::arg("images"), pybind11::arg("channels"), pybind11::arg("outputs"),
       pybind11::arg("input"), pybind11::arg("output"), pybind11::arg("kernel"),
       pybind11::arg("stride"), pybind11::arg("padding"), pybind11::arg("dilation"));

@@ -247,7 +247,7 @@ def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
         if geometry.channels_last or channels * outputs <= 2**15:
             return None
         return "native is faster for large 1x1 convolutions of contiguous tensors"
-    if extension.EXTENSION.winograd_pays(
+    if extension.EXTENSION.winograd_forms(
         images, channels, outputs, (height, width), geometry.output, kernel, geometry.stride, geometry.padding,
         geometry.dilation,
     ):  # fmt: skip

@@ -22,42 +22,39 @@ namespace winograd {
 namespace {
 
 struct Kernels {
-  void (*filters)(const Taps&, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
-  void (*products)(const Call&, int64_t, int64_t, int64_t, int64_t, const float*, float*, char*);
-  bool (*outputs)(const Call&, int64_t, int64_t, const float*);
-  int64_t (*scratch_bytes)(int64_t);
-  int64_t (*sums_size)(int64_t, int64_t);
-  int64_t (*filters_size)(int64_t);
-  void (*panels)(const Call&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
-  void (*grads)(const Call&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+  Transforms (*transforms)(const Forms&);
+  void (*products)(const Call&, int64_t, int64_t, int64_t, const float*, float*, const char*);
+  int64_t (*scratch_bytes)(int64_t, int64_t);
+  int64_t (*sums_size)(int64_t, int64_t, int64_t);
+  int64_t (*filters_size)(int64_t, int64_t);
   void (*weight_products)(int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*,
-                          int64_t, bool, char*);
-  bool (*weights)(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+                          int64_t, bool);
   int64_t (*panels_plane)(int64_t, int64_t);
   int64_t (*grads_plane)(int64_t, int64_t);
-  int64_t weight_scratch_bytes;
-  int64_t tile_rows, lanes;
+  int64_t panel_columns;
 };
 
 // clang-format off: one line for each thing
 #define FASTSEG_KERNELS_OF(simd, bytes)                                            \
-  {simd::winograd_filters, simd::winograd_products, simd::winograd_outputs,   \
-   simd::winograd_scratch_bytes, simd::winograd_sums_size, simd::winograd_filters_size, \
-   simd::winograd_panels, simd::winograd_grads, simd::winograd_weight_products, \
-   simd::winograd_weights, simd::winograd_panels_plane, simd::winograd_grads_plane, \
-   simd::kWinogradWeightScratchBytes, simd::kTileRows, simd::kLanes<float>}
+  {simd::winograd_transforms, simd::winograd_products, simd::winograd_scratch_bytes, \
+   simd::winograd_sums_size, simd::winograd_filters_size, simd::winograd_weight_products, \
+   simd::winograd_panels_plane, simd::winograd_grads_plane, \
+   simd::kPanelColumns<float>}
 // clang-format on
 
 Kernels kernels() { FASTSEG_RETURN_BEST(FASTSEG_KERNELS_OF); }
 
 #undef FASTSEG_KERNELS_OF
 
-struct Starts {
+// How a convolution is cut into tiles.
+struct Tiling {
+  Forms forms;
   std::vector<int64_t> rows, columns;
 
-  explicit Starts(const ConvShape& shape)
-      : rows(tile_starts(shape.P, shape.dilation_h)),
-        columns(tile_starts(shape.Q, shape.dilation_w)) {}
+  explicit Tiling(const ConvShape& shape)
+      : forms(best_forms(shape)),
+        rows(tile_starts(forms.rows, shape.P, shape.dilation_h)),
+        columns(tile_starts(forms.columns, shape.Q, shape.dilation_w)) {}
 };
 
 // Of a tensor with adjacent channels.
@@ -66,7 +63,7 @@ dilated_cpu::Image image_of(const at::Tensor& tensor) {
           tensor.stride(3)};
 }
 
-Call call_of(const ConvShape& shape, const Starts& starts, const at::Tensor& x,
+Call call_of(const ConvShape& shape, const Tiling& tiling, const at::Tensor& x,
              const at::Tensor& y) {
   Call call{};
   call.N = shape.N, call.H = shape.H, call.W = shape.W, call.channels = shape.C;
@@ -74,62 +71,121 @@ Call call_of(const ConvShape& shape, const Starts& starts, const at::Tensor& x,
   call.pad_top = shape.pad_top, call.pad_left = shape.pad_left;
   call.dilation_h = shape.dilation_h, call.dilation_w = shape.dilation_w;
   call.source = image_of(x), call.target = image_of(y);
-  call.row_starts = starts.rows.data(), call.column_starts = starts.columns.data();
-  call.row_count = static_cast<int64_t>(starts.rows.size());
-  call.column_count = static_cast<int64_t>(starts.columns.size());
+  call.elements = tiling.forms.elements();
+  call.row_starts = tiling.rows.data(), call.column_starts = tiling.columns.data();
+  call.row_count = static_cast<int64_t>(tiling.rows.size());
+  call.column_count = static_cast<int64_t>(tiling.columns.size());
   return call;
 }
 
-// Memory that the calling thread keeps between calls, and shares with others during one: up to 21
-// MB.
-float* shared_scratch(int64_t elements) {
-  struct Shared {};
-  return reinterpret_cast<float*>(
-      thread_scratch<Shared>(elements * static_cast<int64_t>(sizeof(float))));
+// A share of a range for each of `parts`, in whole `units` but for the last one.
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+Range share(int64_t part, int64_t parts, int64_t all, int64_t unit) {
+  const int64_t units = ceil_div(all, unit);
+  const auto from = [&](int64_t i) { return std::min(all, units * i / parts * unit); };
+  return {from(part), from(part + 1)};
 }
 
-// Whether all results are finite.
-bool convolve(const Call& call, const Taps& taps) {
-  const Kernels found = kernels();
-  // Blocks of equal size, as many for each thread, and worth reading the filter for.
-  const int64_t threads =
-      std::min(threads_for(call.tiles() * kElements * call.channels * call.columns),
-               ceil_div(call.tiles(), found.tile_rows));
-  const int64_t most = std::max(kMaxTiles, kSums / (kElements * call.columns));
-  const int64_t passes = ceil_div(call.tiles(), most);
-  const int64_t at_once = round_up(ceil_div(ceil_div(call.tiles(), passes), kMaxTiles), threads);
-  const int64_t blocks = at_once * passes;
-  const int64_t tiles = ceil_div(call.tiles(), blocks);
-  const int64_t sums_size = found.sums_size(tiles, call.columns);
-  const int64_t scratch_bytes = found.scratch_bytes(tiles);
-  float* filters = shared_scratch(found.filters_size(call.columns) + at_once * sums_size);
-  float* sums = filters + found.filters_size(call.columns);
-  const auto first_tile = [&](int64_t block) { return call.tiles() * block / blocks; };
-  const int64_t vectors = ceil_div(call.columns, found.lanes);
-  std::atomic<bool> finite{true};
-  for (int64_t first = 0; first < blocks; first += at_once) {
-    // task(first tile, end, M) for every block of this pass.
-    const auto for_blocks = [&](const auto& task) {
-      at::parallel_for(0, at_once, ceil_div(at_once, threads), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          task(first_tile(first + i), first_tile(first + i + 1), sums + i * sums_size);
-        }
-      });
+// How threads share a rectangle: each has a part of both sides.
+struct Grid {
+  int64_t rows, columns;
+};
+
+// That of which a thread's part costs least.
+template <class Cost>
+Grid best_grid(int64_t threads, int64_t most_rows, int64_t most_columns, const Cost& cost) {
+  Grid best = {1, 1};
+  for (int64_t columns = 1; columns <= std::min(threads, most_columns); ++columns) {
+    const Grid grid = {std::min(threads / columns, most_rows), columns};
+    if (cost(grid) < cost(best)) best = grid;
+  }
+  return best;
+}
+
+// task(row, column) for each part of a grid, a thread for each.
+template <class Task>
+void for_parts(const Grid& grid, const Task& task) {
+  at::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i / grid.columns, i % grid.columns);
+  });
+}
+
+// The outputs of some tiles and all columns of `call`, with `sums_size` elements of M at most;
+// whether they are finite.
+bool convolve(const Call& call, const Kernels& found, const Transforms& transforms,
+              const Taps& taps, Range tiles, int64_t sums_size) {
+  const int64_t most = std::max<int64_t>(1, kMaxElements / call.elements);
+  const int64_t passes =
+      ceil_div(tiles.size(), std::max(most, sums_size / (call.elements * call.columns)));
+  const int64_t blocks = ceil_div(ceil_div(tiles.size(), passes), most);  // of a pass
+  const int64_t block_size = ceil_div(tiles.size(), passes * blocks);
+  const int64_t filters_size = found.filters_size(call.elements, call.columns);
+  const int64_t block_sums = found.sums_size(call.elements, block_size, call.columns);
+  const int64_t v_bytes = round_up(found.scratch_bytes(call.elements, block_size), 64);
+  char* v = thread_scratch(v_bytes + (filters_size + blocks * block_sums) *
+                                         static_cast<int64_t>(sizeof(float)));
+  float* filters = reinterpret_cast<float*>(v + v_bytes);
+  float* sums = filters + filters_size;
+  bool finite = true;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const auto block = [&](int64_t i) {
+      const Range own = share(pass * blocks + i, passes * blocks, tiles.size(), 1);
+      return Range{tiles.begin + own.begin, tiles.begin + own.end};
     };
     for (int64_t channel = 0; channel < call.channels; channel += kDepth) {
       const int64_t depth = std::min(kDepth, call.channels - channel);
-      at::parallel_for(0, vectors, ceil_div(vectors, threads), [&](int64_t begin, int64_t end) {
-        found.filters(taps, call.columns, channel, depth, begin * found.lanes,
-                      std::min(end * found.lanes, call.columns), filters);
-      });
-      for_blocks([&](int64_t begin, int64_t end, float* own) {
-        found.products(call, begin, end, channel, depth, filters, own,
-                       thread_scratch(scratch_bytes));
-      });
+      transforms.filters(taps, call.columns, channel, depth, filters);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Range own = block(i);
+        transforms.inputs(call, own.begin, own.end, channel, depth, v);
+        found.products(call, own.size(), channel, depth, filters, sums + i * block_sums, v);
+      }
     }
-    for_blocks([&](int64_t begin, int64_t end, const float* own) {
-      if (!found.outputs(call, begin, end, own)) finite = false;
-    });
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Range own = block(i);
+      finite = transforms.outputs(call, own.begin, own.end, sums + i * block_sums) && finite;
+    }
+  }
+  return finite;
+}
+
+// grad_weight of some channels and columns; whether it is finite.
+bool add_up_weights(const Call& call, const Kernels& found, const Transforms& transforms,
+                    Range channels, Range columns, float* grad) {
+  // No sum is one long chain of additions, whose rounding would show.
+  constexpr int64_t kShortest = 32;
+  const int64_t quarter = std::max(kShortest, ceil_div(call.tiles(), 4));
+  const int64_t blocks = ceil_div(call.tiles(), std::min(kWeightTiles, quarter));
+  const int64_t tiles = ceil_div(call.tiles(), blocks);
+  const int64_t depth = std::min(kWeightChannels, channels.size());
+  const int64_t width = std::min(kWeightColumns, columns.size());
+  const int64_t panels_size = call.elements * found.panels_plane(tiles, depth);
+  const int64_t grads_size = call.elements * found.grads_plane(tiles, width);
+  auto* v = reinterpret_cast<float*>(
+      thread_scratch((panels_size + grads_size + call.elements * depth * width) *
+                     static_cast<int64_t>(sizeof(float))));
+  float* grads = v + panels_size;
+  float* sums = grads + grads_size;
+  bool finite = true;
+  for (int64_t c = channels.begin; c < channels.end; c += depth) {
+    const int64_t deep = std::min(depth, channels.end - c);
+    for (int64_t k = columns.begin; k < columns.end; k += width) {
+      const int64_t wide = std::min(width, columns.end - k);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Range own = share(i, blocks, call.tiles(), 1);
+        transforms.panels(call, own.begin, own.end, c, deep, v);
+        transforms.grads(call, own.begin, own.end, k, wide, grads);
+        found.weight_products(call.elements, own.size(), v, deep, grads, wide, sums, deep * wide,
+                              i == 0);
+      }
+      finite = transforms.weights(sums, deep * wide, wide, deep, call.channels,
+                                  grad + k * 9 * call.channels + c) &&
+               finite;
+    }
   }
   return finite;
 }
@@ -147,8 +203,8 @@ ConvShape turned(const ConvShape& shape) {
 bool convolve_into(const ConvShape& shape, const at::Tensor& weight, bool is_turned,
                    const at::Tensor& x, const dilated_cpu::Epilogue& epilogue,
                    const at::Tensor& y) {
-  const Starts starts(shape);
-  const Call whole = call_of(shape, starts, x, y);
+  const Tiling tiling(shape);
+  const Call whole = call_of(shape, tiling, x, y);
   Taps taps{weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1), weight.stride(2),
             weight.stride(3)};
   if (is_turned) {
@@ -156,66 +212,56 @@ bool convolve_into(const ConvShape& shape, const at::Tensor& weight, bool is_tur
     std::swap(taps.column, taps.channel);
     taps.row = -taps.row, taps.tap = -taps.tap;
   }
-  const int64_t slices = ceil_div(shape.K, kMaxColumns);
-  for (int64_t slice = 0; slice < slices; ++slice) {
-    const int64_t first = shape.K * slice / slices;
-    const auto from_first = [&](const at::Tensor& vector) {
-      return vector.defined() ? vector.const_data_ptr<float>() + first : nullptr;
-    };
-    Call call = whole;
-    call.columns = shape.K * (slice + 1) / slices - first;
-    call.target.data = static_cast<float*>(whole.target.data) + first;
-    call.scale = from_first(epilogue.scale), call.bias = from_first(epilogue.bias);
-    call.activation = epilogue.activation;
-    Taps own = taps;
-    own.data += first * taps.column;
-    if (!convolve(call, own)) return false;
-  }
-  return true;
+  const Kernels found = kernels();
+  const Transforms transforms = found.transforms(tiling.forms);
+  const int64_t threads = threads_for(whole.tiles() * whole.elements * shape.C * shape.K);
+  const Grid grid = best_grid(threads, whole.tiles(), ceil_div(shape.K, found.panel_columns),
+                              [&](const Grid& parts) {
+                                return cost(tiling.forms, ceil_div(whole.tiles(), parts.rows),
+                                            shape.C, ceil_div(shape.K, parts.columns));
+                              });
+  std::atomic<bool> finite{true};
+  for_parts(grid, [&](int64_t row, int64_t column) {
+    const Range tiles = share(row, grid.rows, whole.tiles(), 1);
+    const Range columns = share(column, grid.columns, shape.K, found.panel_columns);
+    for (int64_t first = columns.begin; first < columns.end; first += kMaxColumns) {
+      const auto from_first = [&](const at::Tensor& vector) {
+        return vector.defined() ? vector.const_data_ptr<float>() + first : nullptr;
+      };
+      Call call = whole;
+      call.columns = std::min(kMaxColumns, columns.end - first);
+      call.target.data = static_cast<float*>(whole.target.data) + first;
+      call.scale = from_first(epilogue.scale), call.bias = from_first(epilogue.bias);
+      call.activation = epilogue.activation;
+      Taps own = taps;
+      own.data += first * taps.column;
+      if (!convolve(call, found, transforms, own, tiles, std::max(kSums / threads, kLeastSums)))
+        finite = false;
+    }
+  });
+  return finite;
 }
 
 at::Tensor grad_weight(const ConvShape& shape, const at::Tensor& grad_y, const at::Tensor& x) {
   const Kernels found = kernels();
-  const Starts starts(shape);
-  const Call call = call_of(shape, starts, x, grad_y);
-  // No sum is one long chain of additions, whose rounding would show.
-  constexpr int64_t kShortest = 32;
-  const int64_t quarter = std::max(kShortest, ceil_div(call.tiles(), 4));
-  const int64_t blocks = ceil_div(call.tiles(), std::min(kWeightTiles, quarter));
-  const int64_t tiles = ceil_div(call.tiles(), blocks);
-  const int64_t depth = std::min(kWeightChannels, shape.C);
-  const int64_t columns = std::min(kWeightColumns, shape.K);
-  const int64_t plane = columns * depth;
-  float* v = shared_scratch(
-      kElements * (found.panels_plane(tiles, depth) + found.grads_plane(tiles, columns) + plane));
-  float* grads = v + kElements * found.panels_plane(tiles, depth);
-  float* sums = grads + kElements * found.grads_plane(tiles, columns);
+  const Tiling tiling(shape);
+  const Transforms transforms = found.transforms(tiling.forms);
+  const Call call = call_of(shape, tiling, x, grad_y);
+  const Grid grid =
+      best_grid(threads_for(call.tiles() * call.elements * shape.C * shape.K),
+                ceil_div(shape.C, found.panel_columns), shape.K, [&](const Grid& parts) {
+                  return cost(tiling.forms, call.tiles(), ceil_div(shape.C, parts.rows),
+                              ceil_div(shape.K, parts.columns));
+                });
   const at::Tensor grad =
       at::empty({shape.K, 3, 3, shape.C}, x.options().memory_format(std::nullopt));
-  const int64_t threads = threads_for(call.tiles() * kElements * shape.C * shape.K);
+  auto* to = grad.mutable_data_ptr<float>();
   std::atomic<bool> finite{true};
-  for (int64_t c = 0; c < shape.C; c += depth) {
-    const int64_t deep = std::min(depth, shape.C - c);
-    for (int64_t k = 0; k < shape.K; k += columns) {
-      const int64_t wide = std::min(columns, shape.K - k);
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = call.tiles() * block / blocks;
-        const int64_t count = call.tiles() * (block + 1) / blocks - first;
-        at::parallel_for(0, count, ceil_div(count, threads), [&](int64_t begin, int64_t end) {
-          found.panels(call, first, count, begin, end, c, deep, v);
-          found.grads(call, first, count, begin, end, k, wide, grads);
-        });
-        run_tasks(kElements * ceil_div(wide, found.tile_rows), threads, [&](int64_t i) {
-          found.weight_products(i, count, v, deep, grads, wide, sums, plane, block == 0,
-                                thread_scratch(found.weight_scratch_bytes));
-        });
-      }
-      auto* to = grad.mutable_data_ptr<float>() + k * 9 * shape.C + c;
-      at::parallel_for(0, wide, ceil_div(wide, threads), [&](int64_t begin, int64_t end) {
-        if (!found.weights(sums, plane, deep, begin, end, shape.C, to)) finite = false;
-      });
-    }
-  }
+  for_parts(grid, [&](int64_t row, int64_t column) {
+    const Range channels = share(row, grid.rows, shape.C, found.panel_columns);
+    const Range columns = share(column, grid.columns, shape.K, 1);
+    if (!add_up_weights(call, found, transforms, channels, columns, to)) finite = false;
+  });
   return finite ? grad.permute({0, 3, 1, 2}) : at::Tensor();
 }
 

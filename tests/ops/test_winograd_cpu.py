@@ -11,7 +11,7 @@ import torch
 import fastseg
 from fastseg import extension
 from fastseg.ops.library import OVERLOADS
-from fastseg.testing import assert_within, expected_conv, random_tensor
+from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
 from tests import test_contract
 from tests.conftest import RUNG, Target
 from tests.families import FAMILIES, ConvCase
@@ -64,15 +64,23 @@ def test_gradients_within_bound(family, case, layout, cpu):
     test_contract.test_gradients_within_bound(family, case, torch.float32, layout, cpu)
 
 
-# batch, channels, size, outputs, dilation, of layers that it is fast for.
-LAYERS = {"128": (1, 128, 33, 128, 1), "256": (1, 256, 25, 256, 2), "96-to-256": (1, 96, 40, 256, 1)}
+# batch, channels, size, outputs, dilation, of layers that it is fast for; at the last ones an image is a tile or a few.
+LAYERS = {
+    "32": (1, 32, 33, 32, 1),
+    "128": (1, 128, 33, 128, 1),
+    "256": (1, 256, 25, 256, 2),
+    "96-to-256": (1, 96, 40, 256, 1),
+    "512-d6": (1, 512, 33, 64, 6),
+    "512-d12": (1, 512, 33, 256, 12),
+    "512-d18": (1, 512, 33, 256, 18),
+}
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_no_less_accurate_than_native(layer):
     """Its sums are of larger numbers than the convolution's, but each is shorter."""
     batch, channels, size, outputs, dilation = layer
-    assert pays(images=batch, channels=channels, outputs=outputs, size=(size, size), dilation=(dilation, dilation))
+    assert forms(images=batch, channels=channels, outputs=outputs, size=(size, size), dilation=(dilation, dilation))
     case = ConvCase(batch, channels, (size, size), padding=(dilation,) * 2, dilation=(dilation,) * 2, outputs=outputs)
     test_contract.test_no_less_accurate_than_native(DENSE[0], case, torch.float32, CPU)
 
@@ -109,12 +117,36 @@ def test_any_strides(family, cpu):
 
 # batch, channels, size, outputs, padding, dilation: several blocks of channels, of tiles, and of those of grad_weight.
 SHAPES = {
-    "channels": (1, 270, (9, 8), 300, (1, 1), (1, 1)),
+    "channels": (1, 270, (6, 5), 300, (1, 1), (1, 1)),
     "tiles": (3, 20, (20, 18), 17, (1, 1), (1, 1)),
     "passes": (1, 5, (70, 66), 256, (2, 2), (2, 2)),
     "no-padding": (2, 16, (15, 16), 24, (0, 0), (3, 2)),
     "much-padding": (1, 16, (7, 6), 24, (5, 4), (1, 2)),
 }
+
+
+# An axis for each form: size, dilation.
+AXES = {"two": (8, 2), "pair": (7, 4), "triple": (8, 3), "three": (9, 1)}
+
+
+@pytest.mark.parametrize("columns", AXES)
+@pytest.mark.parametrize("rows", AXES)
+def test_every_form(rows, columns, forced, poison):
+    """Within the bound and exact on small integers, in all three directions; only two axes of "three" never meet."""
+    (height, *dilation), (width, last) = AXES[rows], AXES[columns]
+    dilation.append(last)
+    found = forms(channels=40, outputs=36, size=(height, width), dilation=dilation)
+    assert found == ((rows, columns) if (rows, columns) != ("three", "three") else ("two", "three"))
+    geometry = ([1, 1], [dilation[0]] * 2 + [dilation[1]] * 2, dilation)
+    for maker in (random_tensor, integer_tensor):
+        x, weight = maker((2, 40, height, width), torch.float32, seed=1), maker((36, 40, 3, 3), torch.float32, seed=2)
+        grad_y = maker((2, 36, height, width), torch.float32, seed=3)
+        y = OVERLOADS["dilated_conv2d"]["cpu"](x, weight, None, *geometry, "none")
+        grads = OVERLOADS["dilated_conv2d_backward"]["cpu"](grad_y, x, weight, *geometry, [True, True, False])
+        wanted = expected_conv(x, weight, None, *geometry, grad_output=grad_y)
+        for name, result, bound in zip(("y", "grad_x", "grad_weight"), (y, *grads[:2]), wanted[:3], strict=True):
+            assert_within(result, bound, name)
+            assert maker is random_tensor or torch.equal(result.double(), bound.value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
@@ -137,12 +169,12 @@ def test_every_block(shape, layout, weight_layout, monkeypatch, poison):
     try:
         others = results()
         monkeypatch.setenv("FASTSEG_FORCE_WINOGRAD", "1")
-        for count in (1, 5):
+        for count in (1, 2, 5):
             torch.set_num_threads(count)
             found.append(results())
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(found[0][:3], others[:3], strict=True))
     *results, grad_y = found[0]
     wanted = expected_conv(x, weight, bias, *geometry, "silu", grad_y)
@@ -150,30 +182,35 @@ def test_every_block(shape, layout, weight_layout, monkeypatch, poison):
         assert_within(result, bound, name)
 
 
-def pays(*, images=1, channels=256, outputs=256, size=(65, 65), kernel=(3, 3), stride=(1, 1), dilation=(2, 2)):
+def forms(*, images=1, channels=256, outputs=256, size=(65, 65), kernel=(3, 3), stride=(1, 1), dilation=(2, 2)):
     padding = [d * (k // 2) for d, k in zip(dilation, kernel, strict=True)]
     output = [(n - 1) // s + 1 for n, s in zip(size, stride, strict=True)]
     padding = [padding[0]] * 2 + [padding[1]] * 2
-    return extension.EXTENSION.winograd_pays(images, channels, outputs, size, output, kernel, stride, padding, dilation)
+    return extension.EXTENSION.winograd_forms(
+        images, channels, outputs, size, output, kernel, stride, padding, dilation
+    )
 
 
 def test_it_runs_where_it_pays():
-    assert pays()
-    assert pays(channels=2048, size=(33, 33), dilation=(6, 6))
-    assert pays(channels=128, outputs=128, size=(65, 65), dilation=(1, 1))
-    assert not pays(kernel=(5, 5))
-    assert not pays(kernel=(1, 1))
-    assert not pays(stride=(2, 2))
+    assert forms() == ("two", "three")
+    assert forms(channels=2048, size=(33, 33), dilation=(6, 6)) == ("two", "three")
+    assert forms(channels=2048, size=(33, 33), dilation=(12, 12)) == ("triple", "triple")
+    assert forms(channels=2048, size=(33, 33), dilation=(18, 18)) == ("pair", "pair")
+    assert forms(channels=2048, size=(65, 129), dilation=(36, 36)) == ("pair", "three")
+    assert forms(channels=32, outputs=32, size=(129, 129), dilation=(1, 1))
+    assert not forms(kernel=(5, 5))
+    assert not forms(kernel=(1, 1))
+    assert not forms(stride=(2, 2))
     # Few channels are not worth the sums and differences.
-    assert not pays(channels=48, outputs=48, size=(129, 129), dilation=(1, 1))
+    assert not forms(channels=16, outputs=16, size=(129, 129), dilation=(1, 1))
     # Few tiles are not worth the filter's transformation; most taps of a wide filter look at padding anyway.
-    assert not pays(size=(4, 4))
-    assert not pays(channels=2048, size=(33, 33), dilation=(12, 12))
+    assert not forms(size=(4, 4))
+    assert not forms(channels=2048, size=(33, 33), dilation=(33, 33))
 
 
 def test_auto_takes_it():
     x, weight = random_tensor((1, 128, 24, 24), torch.float32), random_tensor((128, 128, 3, 3), torch.float32)
-    assert pays(channels=128, outputs=128, size=(24, 24), dilation=(1, 1))
+    assert forms(channels=128, outputs=128, size=(24, 24), dilation=(1, 1))
     y = fastseg.ops.conv2d(x, weight, padding=1)
     assert torch.equal(y, fastseg.ops.conv2d(x, weight, padding=1, backend="cpu"))
     assert not torch.equal(y, fastseg.ops.conv2d(x, weight, padding=1, backend="native"))
