@@ -110,7 +110,7 @@ DENSE = {
     "one-pixel": (dense(960, 240, 1, kernel=1), "native"),
     "image": (dense(3, 64, 257), "native"),
     "undilated": (dense(256, 256, 65), "cpu"),
-    "undilated-few-channels": (dense(48, 48, 65), "native"),
+    "undilated-few-channels": (dense(24, 24, 65), "native"),
     "undilated-5x5": (dense(256, 256, 65, kernel=5), "native"),
     "thin": (dense(2048, 21, 41, dilation=12), "cpu"),
     "bfloat16": (dense(2048, 256, 33, dilation=12, dtype=torch.bfloat16), "native"),

@@ -224,12 +224,15 @@ bool convolve_into(const ConvShape& shape, const at::Tensor& weight, bool is_tur
   for_parts(grid, [&](int64_t row, int64_t column) {
     const Range tiles = share(row, grid.rows, whole.tiles(), 1);
     const Range columns = share(column, grid.columns, shape.K, found.panel_columns);
-    for (int64_t first = columns.begin; first < columns.end; first += kMaxColumns) {
+    const int64_t slices = ceil_div(columns.size(), kMaxColumns);
+    for (int64_t i = 0; i < slices; ++i) {
+      const Range slice = share(i, slices, columns.size(), found.panel_columns);
+      const int64_t first = columns.begin + slice.begin;
       const auto from_first = [&](const at::Tensor& vector) {
         return vector.defined() ? vector.const_data_ptr<float>() + first : nullptr;
       };
       Call call = whole;
-      call.columns = std::min(kMaxColumns, columns.end - first);
+      call.columns = slice.size();
       call.target.data = static_cast<float*>(whole.target.data) + first;
       call.scale = from_first(epilogue.scale), call.bias = from_first(epilogue.bias);
       call.activation = epilogue.activation;
