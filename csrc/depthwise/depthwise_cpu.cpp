@@ -106,6 +106,14 @@ void run(Kernel kernel, const Call& call, int64_t items, int64_t work, int64_t s
   });
 }
 
+// Whether the targets, whose every vector is then whole cache lines, go past the caches.
+bool streams_pay(const Call& call, const at::Tensor& target) {
+  const auto address = reinterpret_cast<uintptr_t>(target.const_data_ptr());
+  const int64_t item = target.element_size();
+  return item >= 4 && call.blocks.front().direct_target && call.leaves_core() &&
+         (address | static_cast<uintptr_t>(target.size(1) * item)) % 64 == 0;
+}
+
 at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                // [N, C, H, W]
                                 const at::Tensor& weight,               // [C * m, 1, R, S]
                                 const std::optional<at::Tensor>& bias,  // [C * m]
@@ -126,10 +134,7 @@ at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                // [N, C
   Call call = depthwise_cpu::forward_call(shape, input, weight, bias.value_or(at::Tensor()), chosen,
                                           output.stride(1) == 1, kernels.vector_bytes);
   call.target = image_of(output);
-  const auto address = reinterpret_cast<uintptr_t>(call.target.data);
-  const int64_t item = input.element_size();
-  const bool whole_lines = item >= 4 && (address | shape.C * item) % 64 == 0;
-  call.streams = call.pairs && whole_lines && call.fills_l3();
+  call.streams = streams_pay(call, output);
   run(kernels.forward, call, call.tasks(), output.numel() * (shape.R * shape.S + 4),
       kernels.scratch_bytes(call));
   return output;
@@ -171,6 +176,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
     access = {all, all, all};
   }
   depthwise_cpu::cut_tasks(kernels.vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
+  call.streams = output_mask[0] && streams_pay(call, grad_input);
   at::Tensor partial;
   if (output_mask[1] || output_mask[2]) {
     partial = at::empty({call.tasks() * call.partial_size()},

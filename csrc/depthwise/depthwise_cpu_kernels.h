@@ -227,7 +227,8 @@ struct Task {
         row.target = tensor_row;
         row.target_stride = stride_w;
         row.activation = call.activation;
-        row.target_ahead = ahead(target, walk.stride);
+        row.streams = kInput && call.streams;
+        row.target_ahead = row.streams ? 0 : ahead(target, walk.stride);
         return compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       }
     }
@@ -280,7 +281,6 @@ struct Task {
         pair_rows<kStep, 1>(call, job);
       }
     }
-    if (call.streams) end_streams();
   }
 
   void forward() const {
@@ -405,6 +405,7 @@ inline void forward(const Call& call, int64_t first, int64_t last, char* buffer)
       Task<S, A, A>(call, scratch, index).forward();
     }
   }
+  if (call.streams) end_streams();
 }
 
 template <class S>
@@ -419,6 +420,7 @@ inline void backward(const Call& call, int64_t first, int64_t last, char* buffer
       Task<S, A, A>(call, scratch, index).backward_needed();
     }
   }
+  if (call.streams) end_streams();
 }
 
 // The second stage of grad_weight and grad_bias for blocks [first, last): the tasks' sums in their

@@ -22,24 +22,6 @@ namespace FASTSEG_SIMD {
 
 constexpr int kPairTile = 6;
 
-// Stores past the caches, for targets that would not stay in them until somebody reads them: the
-// cache lines are not read before they are written. A whole vector that is a whole cache line.
-template <class A>
-FASTSEG_INLINE void stream(A* p, Vector<A> v) {
-#if FASTSEG_SIMD_BYTES == 64
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
-#else
-  store(p, v);
-#endif
-}
-
-// Orders what was streamed before everything that follows, such as the end of a parallel loop.
-FASTSEG_INLINE void end_streams() {
-#if FASTSEG_SIMD_BYTES == 64
-  _mm_sfence();
-#endif
-}
-
 // One or two target rows and all that they read. Strides are in elements.
 template <class Storage, class A>
 struct PairJob {
@@ -98,15 +80,7 @@ FASTSEG_INLINE void pair_tile(const PairJob<Storage, A>& job, int64_t source_at,
   FASTSEG_UNROLL for (int h = 0; h < kRows; ++h) {
     Storage* target = job.target + h * job.target_row + target_at + c;
     FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
-      if constexpr (sizeof(Storage) == sizeof(A)) {
-        if (job.streams) {
-          stream<A>(target, acc[h][j]);
-        } else {
-          store(target, acc[h][j]);
-        }
-      } else {
-        store(target, acc[h][j]);
-      }
+      put(target, acc[h][j], job.streams);
       target += job.dilation * job.target_stride;
       FASTSEG_OPAQUE(target);
     }

@@ -85,7 +85,7 @@ struct Call {
   Axis rows, columns;
   std::vector<Run> runs;  // empty: tiles
   bool pairs;             // two target rows at a time
-  bool streams;           // pairs: targets are written past the caches
+  bool streams;           // targets are written past the caches
   int64_t dilation_w;
   Walk walk;
   int64_t source_row_stride;  // between the source rows that one target row reads
@@ -106,9 +106,9 @@ struct Call {
   // Whether the tensors are too large for the L2 cache, or for a share of the last-level cache.
   bool exceeds_l2() const { return bytes >= int64_t{8} << 20; }
   bool exceeds_l3() const { return bytes >= int64_t{18} << 20; }
-  // Whether targets are better written past the caches: that saves reading their lines first, and
-  // costs the next reader its hits in the last-level cache. At this size the two are about even.
-  bool fills_l3() const { return bytes >= int64_t{16} << 20; }
+  // Whether targets are better written past the caches. Their lines lie with whichever core had
+  // this memory last, and to get them from there can take longer than from memory.
+  bool leaves_core() const { return bytes >= int64_t{5} << 20; }
   int64_t block_count() const { return static_cast<int64_t>(blocks.size()); }
   int64_t tasks() const { return N * bands * block_count(); }
   // A task's sums: of `multiplier` filters, then of as many biases.

@@ -10,6 +10,25 @@ namespace FASTSEG_SIMD {
 
 FASTSEG_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Stores a vector, with `streams` past the caches: its cache line, which it fills, is then not read
+// before it is written.
+template <class S, class V>
+FASTSEG_INLINE void put(S* p, V v, bool streams) {
+#if FASTSEG_SIMD_BYTES == 64
+  if constexpr (sizeof(S) == sizeof(v[0])) {
+    if (streams) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+  }
+#endif
+  store(p, v);
+}
+
+// Orders what was streamed before everything that follows, such as the end of a parallel loop.
+FASTSEG_INLINE void end_streams() {
+#if FASTSEG_SIMD_BYTES == 64
+  _mm_sfence();
+#endif
+}
+
 // Lanes past the last channel become zero. The row `ahead` elements on is fetched into the cache.
 template <class S, class A>
 inline void pack_row(const S* row, int64_t stride_c, int64_t stride_w, int64_t channels,

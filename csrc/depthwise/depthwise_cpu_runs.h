@@ -30,6 +30,7 @@ struct Roller {
   Target* target;
   Activation activation;
   int64_t target_ahead;
+  bool streams;
   int64_t at, source_step, target_step, x_step;
   int64_t targets, live_from, live_to;  // steps [live_from, live_to) have a source
 
@@ -48,6 +49,7 @@ struct Roller {
     }
     activation = row.activation;
     target_ahead = row.target_ahead;
+    streams = row.streams;
     source_step = dilation * row.source_stride;
     target_step = dilation * row.target_stride;
     x_step = dilation * row.x_stride;
@@ -91,8 +93,8 @@ struct Roller {
       FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) closed[g] = acc[g][2];
       if constexpr (!kWeight) activate_all<A, kGroup>(closed, activation);
       FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
-        __builtin_prefetch(target + target_ahead + g * n, 1);
-        store(target + g * n, closed[g]);
+        if (!streams) __builtin_prefetch(target + target_ahead + g * n, 1);
+        put(target + g * n, closed[g], streams);
       }
       target += target_step;
     }

@@ -36,6 +36,7 @@ struct RowJob {
   int64_t target_stride;
   Activation activation;
   int64_t target_ahead;  // elements to the target row that comes next, to fetch it, or 0
+  bool streams;          // targets past the caches
   const Source* x;       // the row of x under the target row, for grad_weight
   int64_t x_stride;
   int64_t lanes;     // from filter tap to filter tap
@@ -62,6 +63,7 @@ struct TileJob {
   Target* target;
   Activation activation;
   int64_t target_ahead;
+  bool streams;
   const Source* x;
   int64_t channels;
   int64_t weight_step;  // slide: elements from filter column to filter column
@@ -134,7 +136,9 @@ FASTSEG_INLINE void tile(const TileJob<Source, Target, A>& job, int64_t position
     activate_all<A, kGroup * kTile>(acc[0], job.activation);
     Target* target = job.target + position * job.target_step + c;
     FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
-      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) store(target + g * n, acc[g][j]);
+      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+        put(target + g * n, acc[g][j], job.streams);
+      }
       target += job.target_step;
       FASTSEG_OPAQUE(target);
     }
@@ -191,7 +195,7 @@ FASTSEG_INLINE void slide(const TileJob<Source, Target, A>& job, int64_t positio
       FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g)
           __builtin_prefetch(target + job.target_ahead + g * n, 1);
     }
-    FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) store(target + g * n, acc[g][j]);
+    FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) { put(target + g * n, acc[g][j], job.streams); }
     target += job.target_step;
     FASTSEG_OPAQUE(target);
   }
@@ -317,6 +321,7 @@ inline void tile_row(const Axis& columns, const RowJob<Source, Target, A>& row,
   job.init = row.init;
   job.activation = row.activation;
   job.target_ahead = row.target_ahead;
+  job.streams = row.streams;
   job.channels = row.channels;
   int64_t index = 0;
   for (const AxisClass& cls : columns.classes) {
