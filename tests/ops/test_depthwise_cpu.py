@@ -1,4 +1,4 @@
-"""Shapes that reach every path of the depthwise forward kernel for two rows at a time: tiles, ends, layouts, stores."""
+"""Shapes that reach every path of the depthwise kernel for two rows at a time, and every way to store its targets."""
 
 from __future__ import annotations
 
@@ -74,3 +74,30 @@ def test_large_tensors_are_exact_with_any_number_of_threads(channels, dtype, str
     wanted = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, 1, 1, channels).to(dtype)
     for y in results:
         assert torch.equal(y, wanted)
+
+
+# Rows by tiles and by runs are stored that way too, and gradients of the input are.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("channels", [64, 72])
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (3, 40), (5, 2)])
+def test_large_gradients_are_exact_with_any_number_of_threads(kernel, dilation, channels, dtype, poison):
+    side = {torch.float64: 81, torch.float32: 113}[dtype]
+    x, grad_y = (integer_tensor((1, channels, side, side), dtype, seed=seed) for seed in (0, 1))
+    x, grad_y = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_y))
+    weight = integer_tensor((channels, 1, kernel, kernel), dtype, seed=2)
+    padding = dilation * (kernel // 2)
+    geometry = ([1, 1], [padding] * 4, [dilation] * 2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = OVERLOADS["depthwise_conv2d"]["cpu"](x, weight, None, *geometry, "none")
+            grads = OVERLOADS["depthwise_conv2d_backward"]["cpu"](grad_y, x, weight, *geometry, [True, True, False])
+            results.append((y, *grads[:2]))
+    finally:
+        torch.set_num_threads(before)
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    y = torch.nn.functional.conv2d(x, weight, None, 1, padding, dilation, channels)
+    wanted = (y, *torch.autograd.grad(y, (x, weight), grad_y.double()))
+    for result in results:
+        assert all(torch.equal(a.double(), b) for a, b in zip(result, wanted, strict=True))
