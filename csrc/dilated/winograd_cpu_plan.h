@@ -16,9 +16,9 @@
 //     kTriple      3x3       5x5         2.78, where the image leaves 5.44
 //     kPair        2x2       3x3         2.25, where the image leaves 4
 //
-// Two axes of kThree would round too coarsely. grad_input is the convolution of grad_y with the
-// filter turned around. grad_weight is the same computation the other way round, one product for
-// each element again:
+// Two axes of kThree would round too coarsely, and but for AVX-512 one does. grad_input is the
+// convolution of grad_y with the filter turned around. grad_weight is the same computation the
+// other way round, one product for each element again:
 //
 //     grad_U = sum over tiles of V * (A' grad_y A),   grad_w = G' grad_U G
 //
@@ -33,6 +33,7 @@
 
 #include "csrc/common/conv_shape.h"
 #include "csrc/common/live_taps.h"
+#include "csrc/common/simd.h"
 #include "csrc/dilated/dilated_cpu_plan.h"
 #include "csrc/dilated/winograd_forms.h"
 
@@ -151,14 +152,20 @@ inline int64_t cost(const Forms& forms, const ConvShape& shape) {
   return cost(forms, tiles, shape.C, shape.K);
 }
 
+// Whether results would be less accurate than PyTorch's, whose own sums are shorter where vectors
+// are.
+inline bool is_coarse(const Forms& forms) {
+  const int threes = (forms.rows == Form::kThree) + (forms.columns == Form::kThree);
+  return threes > (capability() == Capability::kAvx512 ? 1 : 0);
+}
+
 // The forms that cost least.
 inline Forms best_forms(const ConvShape& shape) {
   Forms best = {Form::kTwo, Form::kTwo};
   for (int32_t i = 0; i < kForms * kForms; ++i) {
     const Forms forms = {static_cast<Form>(i / kForms), static_cast<Form>(i % kForms)};
-    const bool is_coarse = forms.rows == Form::kThree && forms.columns == Form::kThree;
-    if (!is_coarse && fits(forms.rows, rows_of(shape)) && fits(forms.columns, columns_of(shape)) &&
-        cost(forms, shape) < cost(best, shape)) {
+    if (!is_coarse(forms) && fits(forms.rows, rows_of(shape)) &&
+        fits(forms.columns, columns_of(shape)) && cost(forms, shape) < cost(best, shape)) {
       best = forms;
     }
   }
@@ -177,13 +184,13 @@ inline int64_t direct_cost(const ConvShape& shape) {
   return shape.N * live_taps(axes.rows) * live_taps(axes.columns) * shape.C * shape.K;
 }
 
-// Whether a convolution can be done this way, and is faster so. Tests set
-// FASTSEG_FORCE_WINOGRAD=1 to do it wherever it can be.
+// Whether a convolution can be done this way, and is faster so. Tests set FASTSEG_FORCE_WINOGRAD=1
+// to do it wherever it can be, and =0 to do it nowhere.
 inline bool pays(const ConvShape& shape) {
   constexpr int64_t kFewChannels = 32;  // whose products are too small to be fast
   if (shape.R != 3 || shape.S != 3 || shape.stride_h != 1 || shape.stride_w != 1) return false;
   const char* forced = std::getenv("FASTSEG_FORCE_WINOGRAD");
-  if (forced != nullptr && std::strcmp(forced, "1") == 0) return true;
+  if (forced != nullptr) return std::strcmp(forced, "1") == 0;
   return std::min(shape.C, shape.K) >= kFewChannels &&
          cost(best_forms(shape), shape) < direct_cost(shape);
 }

@@ -1,6 +1,6 @@
 """Winograd's algorithm on the CPU keeps every promise wherever it can run, and runs where it pays.
 
-Small shapes are left to the other kernels; FASTSEG_FORCE_WINOGRAD=1 gives them to this one.
+Small shapes are left to the other kernels; FASTSEG_FORCE_WINOGRAD=1 gives them to this one, and =0 none.
 """
 
 from __future__ import annotations
@@ -125,6 +125,13 @@ SHAPES = {
 }
 
 
+def allowed(rows, columns):
+    """The forms of axes for which these cost least: "three" rounds more, and is for one axis and AVX-512 alone."""
+    if extension.EXTENSION.cpu_capability() == "avx512":
+        return ("two" if rows == columns == "three" else rows), columns
+    return tuple("two" if form == "three" else form for form in (rows, columns))
+
+
 # An axis for each form: size, dilation.
 AXES = {"two": (8, 2), "pair": (7, 4), "triple": (8, 3), "three": (9, 1)}
 
@@ -132,11 +139,11 @@ AXES = {"two": (8, 2), "pair": (7, 4), "triple": (8, 3), "three": (9, 1)}
 @pytest.mark.parametrize("columns", AXES)
 @pytest.mark.parametrize("rows", AXES)
 def test_every_form(rows, columns, forced, poison):
-    """Within the bound and exact on small integers, in all three directions; only two axes of "three" never meet."""
+    """Within the bound and exact on small integers, in all three directions."""
     (height, *dilation), (width, last) = AXES[rows], AXES[columns]
     dilation.append(last)
     found = forms(channels=40, outputs=36, size=(height, width), dilation=dilation)
-    assert found == ((rows, columns) if (rows, columns) != ("three", "three") else ("two", "three"))
+    assert found == allowed(rows, columns)
     geometry = ([1, 1], [dilation[0]] * 2 + [dilation[1]] * 2, dilation)
     for maker in (random_tensor, integer_tensor):
         x, weight = maker((2, 40, height, width), torch.float32, seed=1), maker((36, 40, 3, 3), torch.float32, seed=2)
@@ -167,6 +174,7 @@ def test_every_block(shape, layout, weight_layout, monkeypatch, poison):
 
     threads, found = torch.get_num_threads(), []
     try:
+        monkeypatch.setenv("FASTSEG_FORCE_WINOGRAD", "0")
         others = results()
         monkeypatch.setenv("FASTSEG_FORCE_WINOGRAD", "1")
         for count in (1, 2, 5):
@@ -192,11 +200,11 @@ def forms(*, images=1, channels=256, outputs=256, size=(65, 65), kernel=(3, 3), 
 
 
 def test_it_runs_where_it_pays():
-    assert forms() == ("two", "three")
-    assert forms(channels=2048, size=(33, 33), dilation=(6, 6)) == ("two", "three")
+    assert forms() == allowed("three", "three")
+    assert forms(channels=2048, size=(33, 33), dilation=(6, 6)) == allowed("three", "three")
     assert forms(channels=2048, size=(33, 33), dilation=(12, 12)) == ("triple", "triple")
     assert forms(channels=2048, size=(33, 33), dilation=(18, 18)) == ("pair", "pair")
-    assert forms(channels=2048, size=(65, 129), dilation=(36, 36)) == ("pair", "three")
+    assert forms(channels=2048, size=(65, 129), dilation=(36, 36)) == allowed("pair", "three")
     assert forms(channels=32, outputs=32, size=(129, 129), dilation=(1, 1))
     assert not forms(kernel=(5, 5))
     assert not forms(kernel=(1, 1))
@@ -208,11 +216,11 @@ def test_it_runs_where_it_pays():
     assert not forms(channels=2048, size=(33, 33), dilation=(33, 33))
 
 
-def test_auto_takes_it():
+def test_auto_takes_it(monkeypatch):
     x, weight = random_tensor((1, 128, 24, 24), torch.float32), random_tensor((128, 128, 3, 3), torch.float32)
     assert forms(channels=128, outputs=128, size=(24, 24), dilation=(1, 1))
     y = fastseg.ops.conv2d(x, weight, padding=1)
     assert torch.equal(y, fastseg.ops.conv2d(x, weight, padding=1, backend="cpu"))
     assert not torch.equal(y, fastseg.ops.conv2d(x, weight, padding=1, backend="native"))
-    # Its sums are others than those of the kernel that multiplies with every tap.
-    assert not torch.equal(y[:, :, :8], fastseg.ops.conv2d(x[:, :, :9], weight, padding=1, backend="cpu")[:, :, :8])
+    monkeypatch.setenv("FASTSEG_FORCE_WINOGRAD", "0")
+    assert not torch.equal(y, fastseg.ops.conv2d(x, weight, padding=1, backend="cpu"))
