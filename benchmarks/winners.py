@@ -4,6 +4,8 @@ A row of a record tells a winner where native and a kernel were timed in it, in 
 both were right. "forward" and "inference" rows tell that of inference; that of training is told by "forward+backward"
 rows, or else by a "forward" and a "backward" row together. Rows of whole blocks tell none: what dispatch compares there
 is the block's modules one by one, each on its fastest backend, and not the module as PyTorch has it.
+
+A kernel that lost and has changed since may win now: what it lost is left out.
 """
 
 from __future__ import annotations
@@ -26,20 +28,54 @@ from fastseg.winners import Winner
 
 SHIPPED = winners.PACKAGE / "shipped_winners"
 KERNELS = ("cpu", "triton", "cuda")
+# The folder of each operator's kernels, in csrc and in fastseg/ops.
+FAMILIES = {"depthwise_conv2d": "depthwise", "dilated_conv2d": "dilated"} | dict.fromkeys(
+    head.OPERATORS.values(), "head"
+)
 
 
 def tables(results: Path = record.RESULTS) -> dict[str, str]:
     """The content of each file of winners, by its name; of records of one device the newest is right."""
     found: dict[str, dict] = {}
+    outdated: dict[str, set[str]] = {}  # device -> keys
     for path, one in sorted(_records(results), key=lambda pair: pair[1]["created"], reverse=True):
         device = device_of(one)
-        told = {key: winners.entry(best) for key, best in winners_of(one).items()}
+        told = winners_of(one)
         if not told:
             continue
-        table = found.setdefault(device, {"schema": winners.SCHEMA, "made_for": {"device": device, "records": []}})
+        table = found.setdefault(
+            device, {"schema": winners.SCHEMA, "made_for": {"device": device, "records": []}, "winners": {}}
+        )
         table["made_for"]["records"].append(path.name)
-        table["winners"] = told | table.get("winners", {})
+        for key in told.keys() - table["winners"].keys():
+            table["winners"][key] = winners.entry(told[key])
+            if _may_win_now(one, key, told[key]):
+                outdated.setdefault(device, set()).add(key)
+    for device, table in found.items():
+        kept = table["winners"].keys() - outdated.get(device, set())
+        table["winners"] = {key: table["winners"][key] for key in sorted(kept)}
     return {winners.file_name(device): json.dumps(table, indent=1) + "\n" for device, table in found.items()}
+
+
+def _may_win_now(one: dict, key: str, best: Winner) -> bool:
+    """Whether all kernels lost, and one of them has changed since."""
+    if best.backend != "native" or "kernels" not in one:
+        return False
+    operator = key.partition(" ")[0]
+    family = FAMILIES[operator]
+    sources = {
+        "cpu": lambda path: path.startswith(f"csrc/{family}/") and "_cpu" in path,
+        "triton": lambda path: path.startswith(f"fastseg/ops/{family}/triton"),
+        "cuda": lambda path: path.startswith(f"csrc/{family}/") and path.endswith((".cu", ".cuh")),
+    }
+    now = record.kernel_hashes()
+    return any(
+        now.get(path) != one["kernels"].get(path)
+        for backend in best.ms
+        if backend != "native"
+        for path in now.keys() | one["kernels"].keys()
+        if sources[backend](path)
+    )
 
 
 def _records(results: Path) -> Iterator[tuple[Path, dict]]:

@@ -139,6 +139,27 @@ def test_devices_of_records_are_those_of_tables(monkeypatch):
     assert shipping.device_of({"machine": earlier | {"gpu": "A GPU"}}) == "A GPU"
 
 
+def test_what_a_kernel_lost_before_it_changed_is_left_out(tmp_path):
+    path = "csrc/dilated/dilated_cpu.cpp"
+    lost = record_of("forward", NATIVE, entry("fastseg cpu", "fastseg", "cpu", 2.0, 0.5)) | {"created": "2026-02-01"}
+
+    def shipped():
+        ((_, text),) = shipping.tables(tmp_path).items()
+        return [one["backend"] for one in json.loads(text)["winners"].values()]
+
+    (tmp_path / "lost.json").write_text(json.dumps(lost | {"kernels": record.kernel_hashes()}))
+    assert shipped() == ["native"]
+    (tmp_path / "lost.json").write_text(json.dumps(lost | {"kernels": record.kernel_hashes() | {path: "another"}}))
+    assert shipped() == []
+    # What it won even earlier says no more.
+    (tmp_path / "won.json").write_text(json.dumps(record_of("forward", NATIVE, KERNEL)))
+    assert shipped() == []
+    (tmp_path / "lost.json").write_text(
+        json.dumps(lost | {"kernels": record.kernel_hashes() | {"csrc/head/a.cu": "b"}})
+    )
+    assert shipped() == ["native"]
+
+
 def test_the_newest_record_is_right_and_earlier_ones_fill_in(tmp_path):
     old = record_of("forward", NATIVE, KERNEL)
     new = record_of("forward", NATIVE, entry("fastseg cpu", "fastseg", "cpu", 2.0, 0.5)) | {"created": "2026-02-01"}
