@@ -244,6 +244,8 @@ def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
     if kernel == [1, 1]:
         if problem.gradient and pointwise_trains_on_native(channels, outputs):
             return "native is faster in the backward pass of 1x1 convolutions of few channels"
+        if channels >= 2048 and problem.epilogue == "none" and not problem.gradient:
+            return "native is faster for 1x1 convolutions of many channels that nothing follows"
         if geometry.channels_last or channels * outputs <= 2**15:
             return None
         return "native is faster for large 1x1 convolutions of contiguous tensors"

@@ -103,6 +103,8 @@ DENSE = {
     "aspp-nchw": (dense(2048, 256, 33, dilation=12, channels_last=False), "cpu"),
     "aspp-low-rate-nchw": (dense(2048, 256, 33, dilation=6, channels_last=False), "cpu"),
     "1x1": (dense(160, 960, 33, kernel=1), "cpu"),
+    "1x1-of-many-channels": (dense(2048, 256, 33, kernel=1), "native"),
+    "1x1-of-many-channels-and-norm": (dense(2048, 256, 33, kernel=1)._replace(epilogue="norm+relu"), "cpu"),
     "1x1-in-training": (dense(256, 256, 33, kernel=1)._replace(gradient=True), "cpu"),
     "small-1x1-in-training": (dense(64, 128, 129, kernel=1)._replace(gradient=True), "native"),
     "1x1-nchw": (dense(160, 960, 33, kernel=1, channels_last=False), "native"),

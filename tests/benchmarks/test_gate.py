@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastseg
-from benchmarks import blocks, head, html, markdown, network, report, row, summary, table, targets
+from benchmarks import blocks, head, html, markdown, modules, network, report, row, summary, table, targets
 from benchmarks.cases import DIRECTIONS
 from benchmarks.record import gates, rows
 from benchmarks.row import Candidate
@@ -163,6 +163,17 @@ def test_a_right_block_is_green_and_says_which_kernels_ran(direction):
     shows_everything(entry, keeps=direction == "training")
     assert sum(entry["kernels"].values()) >= 2
     assert 0.5 < found["live_share"] < 1
+
+
+def test_a_gradient_may_differ_by_what_rounding_does_to_a_relu(monkeypatch):
+    work = blocks.BlockWorkload(BLOCK, torch.float32, "cpu")
+    y, grad = work.exact("training")
+    monkeypatch.setattr(modules, "STEP", 2.0**-9)
+    slack = work.slack("training")
+    assert all(0 < share < 0.1 for share in slack)
+    for times, green in ((0.9, True), (1.1, False)):
+        results = (y, grad * (1 + times * slack[1]))
+        assert work.gate(results, "training", "fastseg", [(y, grad)])["green"] is green
 
 
 def spoiled(model, backend="auto"):
