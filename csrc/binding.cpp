@@ -57,9 +57,9 @@ std::optional<std::pair<const char*, const char*>> winograd_forms(
   const fastseg::ConvShape shape{images,    channels,   input[0],   input[1],    outputs,
                                  output[0], output[1],  kernel[0],  kernel[1],   stride[0],
                                  stride[1], padding[0], padding[2], dilation[0], dilation[1]};
-  if (!fastseg::winograd::pays(shape)) return std::nullopt;
-  const fastseg::winograd::Forms forms = fastseg::winograd::best_forms(shape);
-  return std::pair(name_of(forms.rows), name_of(forms.columns));
+  const auto forms = fastseg::winograd::forms_that_pay(shape);
+  if (!forms) return std::nullopt;
+  return std::pair(name_of(forms->rows), name_of(forms->columns));
 }
 
 }  // namespace

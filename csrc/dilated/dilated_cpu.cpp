@@ -275,16 +275,19 @@ bool by_winograd(const ConvShape& shape, const at::Tensor& weight, bool is_turne
                  const Kernels& kernels) {
   const bool finishes = epilogue.scale.defined() || epilogue.bias.defined() ||
                         epilogue.activation != Activation::kNone;
-  if (x.scalar_type() != at::kFloat || y.scalar_type() != at::kFloat || (adds && finishes) ||
-      !winograd::pays(shape)) {
+  if (x.scalar_type() != at::kFloat || y.scalar_type() != at::kFloat || (adds && finishes)) {
     return false;
   }
+  const std::optional<winograd::Forms> forms = winograd::forms_that_pay(shape);
+  if (!forms) return false;
   const bool in_place = !adds && stride_or_one(y, 1) == 1;
   const at::Tensor result =
       in_place ? y
                : at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
   const at::Tensor source = with_adjacent_channels(x, kernels);
-  if (!winograd::convolve_into(shape, weight, is_turned, source, epilogue, result)) return false;
+  if (!winograd::convolve_into(shape, *forms, weight, is_turned, source, epilogue, result)) {
+    return false;
+  }
   if (adds) {
     y.add_(result);
   } else if (!in_place) {
@@ -368,9 +371,11 @@ at::Tensor grad_weight(const ConvShape& shape, const at::Tensor& grad_y, const a
   const Kernels kernels = kernels_for(input.scalar_type());
   const at::Tensor gy = fastseg::with_adjacent_channels(grad_y, kernels);
   const at::Tensor x = fastseg::with_adjacent_channels(input, kernels);
-  if (x.scalar_type() == at::kFloat && winograd::pays(shape)) {
-    const at::Tensor grad = winograd::grad_weight(shape, gy, x);
-    if (grad.defined()) return grad;
+  if (x.scalar_type() == at::kFloat) {
+    if (const std::optional<winograd::Forms> forms = winograd::forms_that_pay(shape)) {
+      const at::Tensor grad = winograd::grad_weight(shape, *forms, gy, x);
+      if (grad.defined()) return grad;
+    }
   }
   const TargetClass cls = target_classes(output_axes(shape)).front();
   const int64_t splits = weight_splits(cls.taps, shape.N, shape.K, shape.C);

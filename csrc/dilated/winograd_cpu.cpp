@@ -51,8 +51,8 @@ struct Tiling {
   Forms forms;
   std::vector<int64_t> rows, columns;
 
-  explicit Tiling(const ConvShape& shape)
-      : forms(best_forms(shape)),
+  Tiling(const ConvShape& shape, const Forms& found)
+      : forms(found),
         rows(tile_starts(forms.rows, shape.P, shape.dilation_h)),
         columns(tile_starts(forms.columns, shape.Q, shape.dilation_w)) {}
 };
@@ -200,10 +200,10 @@ ConvShape turned(const ConvShape& shape) {
   return found;
 }
 
-bool convolve_into(const ConvShape& shape, const at::Tensor& weight, bool is_turned,
-                   const at::Tensor& x, const dilated_cpu::Epilogue& epilogue,
+bool convolve_into(const ConvShape& shape, const Forms& forms, const at::Tensor& weight,
+                   bool is_turned, const at::Tensor& x, const dilated_cpu::Epilogue& epilogue,
                    const at::Tensor& y) {
-  const Tiling tiling(shape);
+  const Tiling tiling(shape, forms);
   const Call whole = call_of(shape, tiling, x, y);
   Taps taps{weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1), weight.stride(2),
             weight.stride(3)};
@@ -213,12 +213,12 @@ bool convolve_into(const ConvShape& shape, const at::Tensor& weight, bool is_tur
     taps.row = -taps.row, taps.tap = -taps.tap;
   }
   const Kernels found = kernels();
-  const Transforms transforms = found.transforms(tiling.forms);
+  const Transforms transforms = found.transforms(forms);
   const int64_t threads = threads_for(whole.tiles() * whole.elements * shape.C * shape.K);
   const Grid grid = best_grid(threads, whole.tiles(), ceil_div(shape.K, found.panel_columns),
                               [&](const Grid& parts) {
-                                return cost(tiling.forms, ceil_div(whole.tiles(), parts.rows),
-                                            shape.C, ceil_div(shape.K, parts.columns));
+                                return cost(forms, ceil_div(whole.tiles(), parts.rows), shape.C,
+                                            ceil_div(shape.K, parts.columns));
                               });
   std::atomic<bool> finite{true};
   for_parts(grid, [&](int64_t row, int64_t column) {
@@ -245,15 +245,16 @@ bool convolve_into(const ConvShape& shape, const at::Tensor& weight, bool is_tur
   return finite;
 }
 
-at::Tensor grad_weight(const ConvShape& shape, const at::Tensor& grad_y, const at::Tensor& x) {
+at::Tensor grad_weight(const ConvShape& shape, const Forms& forms, const at::Tensor& grad_y,
+                       const at::Tensor& x) {
   const Kernels found = kernels();
-  const Tiling tiling(shape);
-  const Transforms transforms = found.transforms(tiling.forms);
+  const Tiling tiling(shape, forms);
+  const Transforms transforms = found.transforms(forms);
   const Call call = call_of(shape, tiling, x, grad_y);
   const Grid grid =
       best_grid(threads_for(call.tiles() * call.elements * shape.C * shape.K),
                 ceil_div(shape.C, found.panel_columns), shape.K, [&](const Grid& parts) {
-                  return cost(tiling.forms, call.tiles(), ceil_div(shape.C, parts.rows),
+                  return cost(forms, call.tiles(), ceil_div(shape.C, parts.rows),
                               ceil_div(shape.K, parts.columns));
                 });
   const at::Tensor grad =

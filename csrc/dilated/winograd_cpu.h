@@ -6,6 +6,7 @@
 
 #include "csrc/common/conv_shape.h"
 #include "csrc/dilated/dilated_cpu.h"
+#include "csrc/dilated/winograd_cpu_plan.h"
 
 namespace fastseg {
 namespace winograd {
@@ -18,12 +19,14 @@ ConvShape turned(const ConvShape& shape);
 // turned() if the weight, any strides, is still that of forward. False where a result is not
 // finite: sums and differences spread infinities and NaN further than the convolution does, and y
 // is to be computed in another way.
-bool convolve_into(const ConvShape& shape, const at::Tensor& weight, bool is_turned,
-                   const at::Tensor& x, const dilated_cpu::Epilogue& epilogue, const at::Tensor& y);
+bool convolve_into(const ConvShape& shape, const Forms& forms, const at::Tensor& weight,
+                   bool is_turned, const at::Tensor& x, const dilated_cpu::Epilogue& epilogue,
+                   const at::Tensor& y);
 
 // grad_weight [K, C, 3, 3] of x and grad_y, channels adjacent in both; undefined where it is not
 // finite.
-at::Tensor grad_weight(const ConvShape& shape, const at::Tensor& grad_y, const at::Tensor& x);
+at::Tensor grad_weight(const ConvShape& shape, const Forms& forms, const at::Tensor& grad_y,
+                       const at::Tensor& x);
 
 }  // namespace winograd
 }  // namespace fastseg

@@ -389,8 +389,6 @@ void winograd_grads(const WinogradCall& call, int64_t begin, int64_t end, int64_
   }
 }
 
-constexpr int64_t kWinogradWeightScratchBytes = kTileRows * kTilePitch<float> * sizeof(float);
-
 // Adds a block of tiles to grad_U of `count` columns and `depth` channels: a matrix
 // [column][channel] for each element, `plane` apart.
 inline void winograd_weight_products(int64_t elements, int64_t tiles, const float* v, int64_t depth,

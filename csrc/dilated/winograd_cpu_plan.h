@@ -29,6 +29,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "csrc/common/conv_shape.h"
@@ -78,10 +79,11 @@ struct TiledAxis {
 inline bool fits(Form form, const TiledAxis& axis) {
   const FormSize size = size_of(form);
   if (size.inputs == size.outputs + 2) return true;
-  for (const int64_t start : tile_starts(form, axis.targets, axis.dilation)) {
-    for (const int64_t i : {int64_t{0}, size.outputs + 1}) {
-      const int64_t source = start - axis.pad + i * axis.dilation;
-      if (source >= 0 && source < axis.sources) return false;
+  const auto is_padding = [&](int64_t source) { return source < 0 || source >= axis.sources; };
+  for (int64_t phase = 0; phase < std::min(axis.dilation, axis.targets); ++phase) {
+    for (int64_t p = phase; p < axis.targets; p += size.outputs * axis.dilation) {
+      const int64_t first = p - axis.pad, last = first + (size.outputs + 1) * axis.dilation;
+      if (!is_padding(first) || !is_padding(last)) return false;
     }
   }
   return true;
@@ -138,7 +140,7 @@ struct Transforms {
 
 // What a convolution of some tiles costs this way, in multiply-adds: their products, sums and
 // differences of their inputs and outputs, and those of the filter. The weights of the latter are
-// from times on 2 AVX-512 cores, those when others kept the last-level cache busy.
+// from times on 2 AVX-512 cores.
 inline int64_t cost(const Forms& forms, int64_t tiles, int64_t channels, int64_t columns) {
   constexpr int64_t kOfPixels = 15, kOfFilter = 12;  // an element
   const int64_t pairs = channels * columns;
@@ -184,15 +186,17 @@ inline int64_t direct_cost(const ConvShape& shape) {
   return shape.N * live_taps(axes.rows) * live_taps(axes.columns) * shape.C * shape.K;
 }
 
-// Whether a convolution can be done this way, and is faster so. Tests set FASTSEG_FORCE_WINOGRAD=1
-// to do it wherever it can be, and =0 to do it nowhere.
-inline bool pays(const ConvShape& shape) {
+// The forms of a convolution that can be done this way, and is faster so. Tests set
+// FASTSEG_FORCE_WINOGRAD=1 to do it wherever it can be, and =0 to do it nowhere.
+inline std::optional<Forms> forms_that_pay(const ConvShape& shape) {
   constexpr int64_t kFewChannels = 32;  // whose products are too small to be fast
-  if (shape.R != 3 || shape.S != 3 || shape.stride_h != 1 || shape.stride_w != 1) return false;
+  if (shape.R != 3 || shape.S != 3 || shape.stride_h != 1 || shape.stride_w != 1) return {};
+  const Forms best = best_forms(shape);
   const char* forced = std::getenv("FASTSEG_FORCE_WINOGRAD");
-  if (forced != nullptr) return std::strcmp(forced, "1") == 0;
-  return std::min(shape.C, shape.K) >= kFewChannels &&
-         cost(best_forms(shape), shape) < direct_cost(shape);
+  const bool pays = forced != nullptr ? std::strcmp(forced, "1") == 0
+                                      : std::min(shape.C, shape.K) >= kFewChannels &&
+                                            cost(best, shape) < direct_cost(shape);
+  return pays ? std::optional(best) : std::nullopt;
 }
 
 }  // namespace winograd
