@@ -37,7 +37,7 @@ FAMILIES = {"depthwise_conv2d": "depthwise", "dilated_conv2d": "dilated"} | dict
 def tables(results: Path = record.RESULTS) -> dict[str, str]:
     """The content of each file of winners, by its name; of records of one device the newest is right."""
     found: dict[str, dict] = {}
-    outdated: dict[str, set[str]] = {}  # device -> keys
+    now = record.kernel_hashes()
     for path, one in sorted(_records(results), key=lambda pair: pair[1]["created"], reverse=True):
         device = device_of(one)
         told = winners_of(one)
@@ -48,34 +48,23 @@ def tables(results: Path = record.RESULTS) -> dict[str, str]:
         )
         table["made_for"]["records"].append(path.name)
         for key in told.keys() - table["winners"].keys():
-            table["winners"][key] = winners.entry(told[key])
-            if _may_win_now(one, key, told[key]):
-                outdated.setdefault(device, set()).add(key)
-    for device, table in found.items():
-        kept = table["winners"].keys() - outdated.get(device, set())
-        table["winners"] = {key: table["winners"][key] for key in sorted(kept)}
+            may_win_now = told[key].backend == "native" and _has_changed(key, told[key], one.get("kernels", now), now)
+            table["winners"][key] = None if may_win_now else winners.entry(told[key])
+    for table in found.values():
+        table["winners"] = {key: entry for key, entry in sorted(table["winners"].items()) if entry is not None}
     return {winners.file_name(device): json.dumps(table, indent=1) + "\n" for device, table in found.items()}
 
 
-def _may_win_now(one: dict, key: str, best: Winner) -> bool:
-    """Whether all kernels lost, and one of them has changed since."""
-    if best.backend != "native" or "kernels" not in one:
-        return False
-    operator = key.partition(" ")[0]
-    family = FAMILIES[operator]
+def _has_changed(key: str, best: Winner, then: dict[str, str], now: dict[str, str]) -> bool:
+    """Whether a source of the kernels that were timed has another hash now than then."""
+    family = FAMILIES[key.partition(" ")[0]]
     sources = {
         "cpu": lambda path: path.startswith(f"csrc/{family}/") and "_cpu" in path,
         "triton": lambda path: path.startswith(f"fastseg/ops/{family}/triton"),
         "cuda": lambda path: path.startswith(f"csrc/{family}/") and path.endswith((".cu", ".cuh")),
     }
-    now = record.kernel_hashes()
-    return any(
-        now.get(path) != one["kernels"].get(path)
-        for backend in best.ms
-        if backend != "native"
-        for path in now.keys() | one["kernels"].keys()
-        if sources[backend](path)
-    )
+    changed = [path for path in now.keys() | then.keys() if now.get(path) != then.get(path)]
+    return any(sources[backend](path) for backend in best.ms if backend != "native" for path in changed)
 
 
 def _records(results: Path) -> Iterator[tuple[Path, dict]]:

@@ -6,6 +6,7 @@ gpu.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -75,6 +76,17 @@ class Target:
 
 
 TARGETS = [Target(backend, device) for backend, device in RUNGS[RUNG]]
+
+
+@contextlib.contextmanager
+def on_threads(count: int):
+    """PyTorch's threads for operators, as they were afterwards."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pytest_generate_tests(metafunc):

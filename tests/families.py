@@ -1,4 +1,7 @@
-"""The operator families under contract. A new one joins every promise of test_contract.py by one entry in FAMILIES."""
+"""The operator families under contract. A new one joins every promise of test_contract.py by one entry in FAMILIES.
+
+The file is long because it holds the cases of all of them: a promise is read beside every case it is tested with.
+"""
 
 from __future__ import annotations
 

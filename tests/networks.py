@@ -11,6 +11,7 @@ from torch import nn
 import fastseg
 from fastseg.nn import conv, folding, pyramid
 from fastseg.testing import assert_no_less_accurate
+from tests.conftest import on_threads
 
 
 def deeplabv3_mobilenet():
@@ -96,10 +97,8 @@ class Block(nn.Module):
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The images are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)

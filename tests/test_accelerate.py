@@ -1,5 +1,8 @@
 # ruff: noqa: F401, F811 -- imported fixtures, and arguments that have their names
-"""fastseg.accelerate on models that people have: the same model, the same results, and an exact undo."""
+"""fastseg.accelerate on models that people have: the same model, the same results, and an exact undo.
+
+The file is long because what accelerate promises is one list, over models that its tests share.
+"""
 
 from __future__ import annotations
 

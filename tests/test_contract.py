@@ -21,7 +21,7 @@ from fastseg.testing import (
     random_tensor,
     strided_variants,
 )
-from tests.conftest import SLOW_RUNG, TARGETS
+from tests.conftest import SLOW_RUNG, TARGETS, on_threads
 from tests.families import FAMILIES, Family
 
 DTYPES = [
@@ -388,12 +388,9 @@ def test_bitwise_repeatable(family, case, layout, target):
         y = family.run(case, tensors, target.backend)
         return (y, *gradients(y, tensors, random_like(y)))
 
-    first, threads = results(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    first = results()
+    with on_threads(1):
         second = results()
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

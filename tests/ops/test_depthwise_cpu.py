@@ -7,7 +7,7 @@ import torch
 
 from fastseg.ops.library import OVERLOADS
 from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
-from tests.conftest import RUNG
+from tests.conftest import RUNG, on_threads
 
 pytestmark = pytest.mark.skipif(RUNG != "cpu", reason="the CPU kernels have their own rung")
 
@@ -31,13 +31,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def forward(x, weight, bias, stride, padding, dilation, activation="none", threads=1):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        geometry = ([stride] * 2, [padding] * 4, [dilation] * 2)
+    geometry = ([stride] * 2, [padding] * 4, [dilation] * 2)
+    with on_threads(threads):
         return OVERLOADS["depthwise_conv2d"]["cpu"](x, weight, bias, *geometry, activation)
-    finally:
-        torch.set_num_threads(before)
 
 
 def check(channels, size, stride, padding, dilation, dtype):
@@ -87,15 +83,12 @@ def test_large_gradients_are_exact_with_any_number_of_threads(kernel, dilation, 
     weight = integer_tensor((channels, 1, kernel, kernel), dtype, seed=2)
     padding = dilation * (kernel // 2)
     geometry = ([1, 1], [padding] * 4, [dilation] * 2)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            y = OVERLOADS["depthwise_conv2d"]["cpu"](x, weight, None, *geometry, "none")
+    results = []
+    for threads in (1, 2, 5):
+        y = forward(x, weight, None, 1, padding, dilation, threads=threads)
+        with on_threads(threads):
             grads = OVERLOADS["depthwise_conv2d_backward"]["cpu"](grad_y, x, weight, *geometry, [True, True, False])
-            results.append((y, *grads[:2]))
-    finally:
-        torch.set_num_threads(before)
+        results.append((y, *grads[:2]))
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
     y = torch.nn.functional.conv2d(x, weight, None, 1, padding, dilation, channels)
     wanted = (y, *torch.autograd.grad(y, (x, weight), grad_y.double()))

@@ -7,7 +7,7 @@ import torch
 
 from fastseg.ops.library import OVERLOADS
 from fastseg.testing import assert_within, expected_conv, random_tensor
-from tests.conftest import RUNG
+from tests.conftest import RUNG, on_threads
 
 pytestmark = pytest.mark.skipif(RUNG != "cpu", reason="the CPU kernels have their own rung")
 
@@ -42,14 +42,10 @@ def test_every_path_is_within_the_bound(shape, dtype, layout, threads, poison):
     weight = random_tensor((outputs, channels, kernel, kernel), dtype, seed=2, memory_format=layout)
     bias = random_tensor((outputs,), dtype, seed=3)
     geometry = ([stride] * 2, [padding] * 4, [dilation] * 2)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with on_threads(threads):
         y = OVERLOADS["dilated_conv2d"]["cpu"](x, weight, bias, *geometry, "relu")
         grad_y = random_tensor(tuple(y.shape), dtype, seed=4, memory_format=layout)
         grads = OVERLOADS["dilated_conv2d_backward"]["cpu"](grad_y, x, weight, *geometry, [True] * 3)
-    finally:
-        torch.set_num_threads(before)
     wanted = expected_conv(x, weight, bias, *geometry, "relu", grad_y)
     for name, result, bound in zip(("y", "grad_x", "grad_weight", "grad_bias"), (y, *grads), wanted, strict=True):
         assert_within(result, bound, name)

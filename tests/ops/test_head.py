@@ -32,7 +32,7 @@ from fastseg.testing import (
     random_tensor,
     strided_variants,
 )
-from tests.conftest import SLOW_RUNG, TARGETS
+from tests.conftest import SLOW_RUNG, TARGETS, on_threads
 
 ALL_LAYOUTS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [
@@ -713,12 +713,9 @@ def results_of(target, layout):
 
 @LAYOUTS
 def test_bitwise_repeatable(layout, target):
-    first, threads = results_of(target, layout), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    first = results_of(target, layout)
+    with on_threads(1):
         second = results_of(target, layout)
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

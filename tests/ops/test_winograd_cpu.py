@@ -13,7 +13,7 @@ from fastseg import extension
 from fastseg.ops.library import OVERLOADS
 from fastseg.testing import assert_within, expected_conv, integer_tensor, random_tensor
 from tests import test_contract
-from tests.conftest import RUNG, Target
+from tests.conftest import RUNG, Target, on_threads
 from tests.families import FAMILIES, ConvCase
 
 pytestmark = pytest.mark.skipif(RUNG != "cpu", reason="the CPU kernels have their own rung")
@@ -172,16 +172,12 @@ def test_every_block(shape, layout, weight_layout, monkeypatch, poison):
         grad_y = random_tensor(tuple(y.shape), torch.float32, seed=4, memory_format=layout)
         return y, *OVERLOADS["dilated_conv2d_backward"]["cpu"](grad_y, x, weight, *geometry, [True] * 3), grad_y
 
-    threads, found = torch.get_num_threads(), []
-    try:
-        monkeypatch.setenv("FASTSEG_FORCE_WINOGRAD", "0")
-        others = results()
-        monkeypatch.setenv("FASTSEG_FORCE_WINOGRAD", "1")
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    monkeypatch.setenv("FASTSEG_FORCE_WINOGRAD", "0")
+    others, found = results(), []
+    monkeypatch.setenv("FASTSEG_FORCE_WINOGRAD", "1")
+    for count in (1, 2, 5):
+        with on_threads(count):
             found.append(results())
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(found[0][:3], others[:3], strict=True))
     *results, grad_y = found[0]
