@@ -19,7 +19,7 @@ import torch
 from benchmarks import memory, timing
 from benchmarks.progress import Bar
 from benchmarks.row import Workload
-from benchmarks.selection import DTYPES, LONGEST_ROW_SECONDS, WEIGHTS, Settings, Step, plan, workload
+from benchmarks.selection import DTYPES, LONGEST_ROW_SECONDS, WEIGHTS, Settings, Step, obstacle, plan, workload
 from fastseg import dispatch, winners
 
 CONFIDENCE = 0.99
@@ -131,9 +131,9 @@ def check(steps: list[Step], device: str, budget: float, tune: bool) -> tuple[di
 def _verdict(step: Step, device: str, seconds: float, tune: bool) -> Verdict | str:
     """The verdict, or why there is none."""
     work = workload(step, device)
-    shortage = memory.shortage(work.memory_needed(step.direction), device)
-    if shortage:
-        return shortage
+    reason = obstacle(step, work, device)
+    if reason:
+        return reason
     with timing.measuring_stream(device):
         try:
             return judge(samplers_of(work, step.direction, tune), seconds)

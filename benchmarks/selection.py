@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from benchmarks import blocks, cases, head, network
+from benchmarks import blocks, cases, head, memory, network
 from benchmarks.blocks import BlockWorkload
 from benchmarks.head import HeadWorkload
 from benchmarks.modules import TRAINING
 from benchmarks.network import NetworkWorkload
 from benchmarks.row import AUTOCAST, Candidate, Workload, dtype_of, identity
 from benchmarks.workload import ConvWorkload
+from fastseg import dispatch
 
 DTYPES = {"cpu": ("float32", AUTOCAST), "cuda": ("bfloat16", "float32", AUTOCAST)}
 BUDGETS = {"quick": 480.0, "full": 3600.0}
@@ -73,6 +74,14 @@ def workload(step: Step, device: str) -> Workload:
     return WORKLOADS[step.family](step.case, dtype_of(step.dtype), device)
 
 
+def obstacle(step: Step, work: Workload, device: str) -> str | None:
+    """Why the row cannot be measured on this machine, or None."""
+    if device == "cpu" and step.kind == "networks" and work.dtype in dispatch.SLOW_ON_NATIVE:
+        dtype = str(work.dtype).removeprefix("torch.")
+        return f"PyTorch convolves {dtype} in plain loops on this processor, which takes minutes a network"
+    return memory.shortage(work.memory_needed(step.direction), device)
+
+
 def matches(case, patterns: str) -> bool:
     """Whether one of the comma-separated shell patterns fits the case's id or the name that the field has for it."""
     names = (case.id, getattr(case, "table", "") or case.id)
@@ -80,7 +89,10 @@ def matches(case, patterns: str) -> bool:
 
 
 def plan(settings: Settings) -> list[Step]:
-    """Inference of networks, heads, blocks, what users call operators; with `quick` off then what is left."""
+    """Inference of networks, heads, blocks, what users call operators; with `quick` off then what is left.
+
+    A quick run on a CPU may be short, and begins with a row or more of each: see _turn.
+    """
     plain = [dtype for dtype in settings.dtypes if dtype != AUTOCAST]
     quick = settings.quick
     found: list[Step] = []
@@ -101,7 +113,16 @@ def plan(settings: Settings) -> list[Step]:
     if settings.operators and not quick:
         later = tuple(d for d in cases.DIRECTIONS if d not in cases.QUICK_DIRECTIONS)
         found += _operators(settings, later, plain)
-    return found
+    return sorted(found, key=_turn) if quick and settings.device == "cpu" else found
+
+
+def _turn(step: Step) -> int:
+    """The first network, depthwise convolutions, heads, blocks, dense convolutions, and the networks that take long."""
+    if step.kind == "networks":
+        return 0 if step.case is network.NETWORKS[0] and step.dtype != AUTOCAST else 5
+    if step.kind == "operators":
+        return 1 if step.case.outputs is None else 4
+    return 2 if step.family == "head" else 3
 
 
 def _autocast(settings: Settings) -> list[str]:

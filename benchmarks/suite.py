@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import memory, overhead, record, resume, row, table, timing
 from benchmarks.progress import Bar
-from benchmarks.selection import LONGEST_ROW_SECONDS, WEIGHTS, Compiling, Settings, Step, plan, workload
+from benchmarks.selection import LONGEST_ROW_SECONDS, WEIGHTS, Compiling, Settings, Step, obstacle, plan, workload
 
 # The share of the budget for the cost of a call. Half of a row's share goes into timing; gates, warm-up and memory take
 # the rest.
@@ -101,9 +101,9 @@ def _run_steps(settings, steps, found, end, out, keep):
 
 def _measure(settings, step: Step, work, ceilings, seconds, compiling) -> dict | str:
     """The row, or why there is none."""
-    shortage = memory.shortage(work.memory_needed(step.direction), settings.device)
-    if shortage:
-        return shortage
+    reason = obstacle(step, work, settings.device)
+    if reason:
+        return reason
     candidates = None
     if step.family == "operator":
         # A depthwise kernel in NCHW is shown by the full run alone; a dense one is what converts tensors in passing.

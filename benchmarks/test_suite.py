@@ -12,7 +12,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks import memory, selection
+from benchmarks import selection
 from benchmarks.selection import Settings, Step, matches, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,9 +54,9 @@ def _natives(step: Step) -> list:
 @pytest.mark.parametrize("step", _rows())
 def test_row(benchmark, step, name):
     work = _workload(step)
-    shortage = memory.shortage(work.memory_needed(step.direction), DEVICE)
-    if shortage:
-        pytest.skip(shortage)
+    reason = selection.obstacle(step, work, DEVICE)
+    if reason:
+        pytest.skip(reason)
     candidate = next(c for c in (*work.natives(), work.under_auto()) if c.name == name)
     call = work.calls(candidate, step.direction)[0]
     gate = work.gate(call(), step.direction, candidate.role, _natives(step))

@@ -8,6 +8,7 @@ instead and counts it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from typing import NamedTuple
 
@@ -186,8 +187,23 @@ def reason_not(backend: str, problem: Problem) -> str | None:
     return _REASONS[backend](problem)
 
 
-# Operators made of matrix products, which oneDNN has instructions for in low precision.
+# Operators made of matrix products, which oneDNN has instructions for in low precision on processors that have them.
 _PRODUCTS = ("separable_conv2d", "aspp_branches", "separable_aspp_branches")
+
+# Whether this processor has no AVX-512, where oneDNN's 1x1 convolutions are as fast as ours or faster.
+SHORT_VECTORS = extension.EXTENSION is not None and extension.EXTENSION.cpu_capability() != "avx512"
+
+
+def _onednn_computes(dtype: str) -> bool:
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", None)
+    return supported is not None and supported()
+
+
+# The dtypes that oneDNN leaves to PyTorch's own loops on this processor: x86 without AVX-512, of float16 most others
+# too. Their dense convolutions are 5 to 50 times slower there than in float32.
+SLOW_ON_NATIVE = frozenset(
+    dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")) if not _onednn_computes(name)
+)
 
 
 def _auto(problem: Problem, attempt: Attempt | None) -> Choice:
@@ -209,7 +225,7 @@ def _by_records(problem: Problem) -> Choice:
         reason = reason_not("cpu", problem)
         if reason is None and problem.operator == "dilated_conv2d":
             reason = _dilated_is_native_on_cpu(problem)
-        elif reason is None and problem.operator in _PRODUCTS and problem.dtype != torch.float32:
+        elif reason is None and problem.operator in _PRODUCTS and problem.dtype not in {torch.float32, *SLOW_ON_NATIVE}:
             reason = "products of other dtypes than float32 run on native on the CPU"
         elif reason is None and problem.operator == "upsample_bilinear2d" and problem.dtype == torch.float64:
             reason = "native resizes float64 as fast on the CPU"
@@ -231,9 +247,11 @@ def depends_on_geometry(operator: str, device_type: str) -> bool:
 
 def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
     """Why a dense convolution is left to oneDNN, or None where the committed records show our kernel to be faster."""
-    if problem.dtype != torch.float32:
-        return "dense convolutions of low precision run on native on the CPU"
     geometry = problem.geometry
+    if problem.dtype in SLOW_ON_NATIVE:
+        return "native is faster for few multiply-adds" if geometry is not None and _is_small(geometry) else None
+    if problem.dtype != torch.float32:
+        return "dense convolutions of other dtypes than float32 run on native on the CPU"
     if geometry is None:
         return "dense convolutions without known sizes run on native on the CPU"
     images, channels, height, width = geometry.input
@@ -243,9 +261,9 @@ def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
         return "native is faster for few pixels or channels"
     if kernel == [1, 1]:
         if problem.gradient and pointwise_trains_on_native(channels, outputs):
-            return "native is faster in the backward pass of 1x1 convolutions of few channels"
-        if channels >= 2048 and problem.epilogue == "none" and not problem.gradient:
-            return "native is faster for 1x1 convolutions of many channels that nothing follows"
+            return "native is faster in the backward pass of such 1x1 convolutions"
+        if problem.epilogue == "none" and not problem.gradient and (channels >= 2048 or SHORT_VECTORS):
+            return "native is as fast for 1x1 convolutions that nothing follows"
         if geometry.channels_last or channels * outputs <= 2**15:
             return None
         return "native is faster for large 1x1 convolutions of contiguous tensors"
@@ -263,9 +281,13 @@ def _dilated_is_native_on_cpu(problem: Problem) -> str | None:
     return None if pays else "native is as fast where nearly all filter taps look at the image"
 
 
+def _is_small(geometry: Geometry) -> bool:
+    return geometry.input[0] * math.prod(geometry.output) * math.prod(geometry.weight) < 2**18
+
+
 def pointwise_trains_on_native(channels: int, outputs: int) -> bool:
     """Whether oneDNN's backward pass of such a 1x1 convolution on the CPU is the faster one."""
-    return min(channels, outputs) < 128
+    return min(channels, outputs) < 128 or (SHORT_VECTORS and channels < 1024)
 
 
 # Choices that were made, by problem and name. Those that depend on sizes are thrown away when they get many, as they do

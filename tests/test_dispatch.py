@@ -106,6 +106,8 @@ DENSE = {
     "1x1-of-many-channels": (dense(2048, 256, 33, kernel=1), "native"),
     "1x1-of-many-channels-and-norm": (dense(2048, 256, 33, kernel=1)._replace(epilogue="norm+relu"), "cpu"),
     "1x1-in-training": (dense(256, 256, 33, kernel=1)._replace(gradient=True), "cpu"),
+    "deep-1x1-in-training": (dense(1280, 256, 33, kernel=1)._replace(gradient=True), "cpu"),
+    "1x1-and-norm": (dense(160, 960, 33, kernel=1)._replace(epilogue="norm+relu"), "cpu"),
     "small-1x1-in-training": (dense(64, 128, 129, kernel=1)._replace(gradient=True), "native"),
     "1x1-nchw": (dense(160, 960, 33, kernel=1, channels_last=False), "native"),
     "small-1x1-nchw": (dense(80, 200, 33, kernel=1, channels_last=False), "cpu"),
@@ -123,11 +125,59 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize(("problem", "backend"), DENSE.values(), ids=DENSE)
-def test_auto_takes_dense_kernels_where_records_show_them_faster(problem, backend):
+@pytest.fixture
+def chosen_anew():
+    """What is chosen inside a test is not remembered, nor is what was remembered looked at."""
+    dispatch._choices.clear()
+    dispatch.forget_sized_choices()
+    yield
+    dispatch._choices.clear()
+    dispatch.forget_sized_choices()
+
+
+# What processors without AVX-512 leave to native besides.
+SHORT_VECTORS = ("1x1", "1x1-in-training", "small-1x1-nchw")
+
+
+@pytest.mark.parametrize("short_vectors", [False, True])
+@pytest.mark.parametrize("name", DENSE)
+def test_auto_takes_dense_kernels_where_records_show_them_faster(name, short_vectors, chosen_anew, monkeypatch):
+    monkeypatch.setattr(dispatch, "SLOW_ON_NATIVE", frozenset())
+    monkeypatch.setattr(dispatch, "SHORT_VECTORS", short_vectors)
+    problem, backend = DENSE[name]
     choice = dispatch.choose(problem)
-    assert choice.backend == backend
+    assert choice.backend == ("native" if short_vectors and name in SHORT_VECTORS else backend)
     assert choice.reason
+
+
+WITHOUT_PRODUCTS = {
+    "1x1": (dense(256, 256, 33, kernel=1), "cpu"),
+    "image": (dense(3, 64, 257), "cpu"),
+    "few-channels-nchw": (dense(16, 16, 65, kernel=1, channels_last=False), "cpu"),
+    "one-pixel": (dense(256, 256, 1, kernel=1), "native"),
+    "small": (dense(8, 8, 9), "native"),
+    "unknown-sizes": (dispatch.Problem("dilated_conv2d", "cpu", torch.float32), "cpu"),
+    "aspp-block": (dispatch.Problem("aspp_branches", "cpu", torch.float32), "cpu"),
+    "separable": (dispatch.Problem("separable_conv2d", "cpu", torch.float32), "cpu"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("problem", "backend"), WITHOUT_PRODUCTS.values(), ids=WITHOUT_PRODUCTS)
+def test_auto_takes_dense_kernels_where_onednn_has_no_products(problem, backend, dtype, chosen_anew, monkeypatch):
+    monkeypatch.setattr(dispatch, "SLOW_ON_NATIVE", frozenset({dtype}))
+    assert dispatch.choose(problem._replace(dtype=dtype)).backend == backend
+    both = {torch.bfloat16, torch.float16}
+    monkeypatch.setattr(dispatch, "SLOW_ON_NATIVE", both - {dtype})
+    dispatch._choices.clear()
+    dispatch.forget_sized_choices()
+    assert dispatch.choose(problem._replace(dtype=dtype)).backend == "native"
+
+
+def test_what_onednn_lacks_is_what_this_processor_lacks():
+    assert (torch.bfloat16 in dispatch.SLOW_ON_NATIVE) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert (torch.float16 in dispatch.SLOW_ON_NATIVE) == (not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    assert torch.float32 not in dispatch.SLOW_ON_NATIVE
 
 
 def on_gpu(problem: dispatch.Problem, **changes) -> dispatch.Problem:

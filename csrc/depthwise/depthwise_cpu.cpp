@@ -52,7 +52,8 @@ Call forward_call(const ConvShape& shape, const at::Tensor& input, const at::Ten
   const int64_t item = input.element_size();
   const bool in_place = input.stride(1) == 1 && neighbours && shape.multiplier() == 1 &&
                         shape.C * std::max<int64_t>(item, 4) >= vector_bytes;
-  Call call = plan_forward(shape, item, vector_bytes == 64 && in_place && pairs_pay(shape));
+  const bool whole_lines = vector_bytes == 64;
+  Call call = plan_forward(shape, item, whole_lines && in_place && pairs_pay(shape), whole_lines);
   call.activation = activation;
   call.source = image_of(input);
   call.weight = filter_of(weight);
@@ -61,7 +62,9 @@ Call forward_call(const ConvShape& shape, const at::Tensor& input, const at::Ten
   // Tiles that do not slide load a source many times: from a packed row, if the caches' sets are
   // few.
   const bool slides = !call.runs.empty() || call.dilation_w <= 2;
-  access.source = input.stride(1) == 1 && (slides || !aliased(input.stride(3) * item));
+  const int64_t pixel = input.stride(3) * item;
+  access.source = input.stride(1) == 1 && (slides || !aliased(pixel)) &&
+                  (item < 4 || !copies_pay(call, pixel, whole_lines));
   access.target = neighbours && call.multiplier == 1;
   if (item < 4 && !(access.source && access.target)) access = {};  // in place all or none
   cut_tasks(vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
@@ -106,11 +109,14 @@ void run(Kernel kernel, const Call& call, int64_t items, int64_t work, int64_t s
   });
 }
 
-// Whether the targets, whose every vector is then whole cache lines, go past the caches.
-bool streams_pay(const Call& call, const at::Tensor& target) {
+// Whether the targets go past the caches, in whole cache lines: as vectors, or in tiles of several.
+// What is half a line at first does harm where a cache holds the line.
+bool streams_pay(const Call& call, const at::Tensor& target, bool whole_lines) {
   const auto address = reinterpret_cast<uintptr_t>(target.const_data_ptr());
   const int64_t item = target.element_size();
-  return item >= 4 && call.blocks.front().direct_target && call.leaves_core() &&
+  const bool lines = call.runs.empty() && call.S == 3 && call.dilation_w <= 2;
+  return item >= 4 && call.blocks.front().direct_target &&
+         (whole_lines ? call.leaves_core() : lines && call.exceeds_l3()) &&
          (address | static_cast<uintptr_t>(target.size(1) * item)) % 64 == 0;
 }
 
@@ -134,7 +140,7 @@ at::Tensor depthwise_conv2d_cpu(const at::Tensor& input,                // [N, C
   Call call = depthwise_cpu::forward_call(shape, input, weight, bias.value_or(at::Tensor()), chosen,
                                           output.stride(1) == 1, kernels.vector_bytes);
   call.target = image_of(output);
-  call.streams = streams_pay(call, output);
+  call.streams = streams_pay(call, output, kernels.vector_bytes == 64);
   run(kernels.forward, call, call.tasks(), output.numel() * (shape.R * shape.S + 4),
       kernels.scratch_bytes(call));
   return output;
@@ -168,15 +174,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_conv2d_backward_cpu(
   if (output_mask[1]) call.grad_weight = filter_of(grad_weight);
   if (output_mask[2]) call.grad_bias = filter_of(grad_bias);
   depthwise_cpu::Access access{};
-  access.source = grad_output.stride(1) == 1 && !call.runs.empty();
+  const bool whole_lines = kernels.vector_bytes == 64;
+  const auto in_place = [&](const at::Tensor& tensor) {
+    return tensor.stride(1) == 1 &&
+           (item < 4 || !copies_pay(call, tensor.stride(3) * item, whole_lines));
+  };
+  access.source = in_place(grad_output) && !call.runs.empty();
   access.target = output_mask[0] && grad_input.stride(1) == 1;
-  access.x = input.stride(1) == 1;
+  access.x = in_place(input);
   if (item < 4) {  // in place by runs, and all or none
     const bool all = access.source && access.x && (access.target || !output_mask[0]);
     access = {all, all, all};
   }
   depthwise_cpu::cut_tasks(kernels.vector_bytes / std::max<int64_t>(item, 4), item, access, &call);
-  call.streams = output_mask[0] && streams_pay(call, grad_input);
+  call.streams = output_mask[0] && whole_lines && streams_pay(call, grad_input, true);
   at::Tensor partial;
   if (output_mask[1] || output_mask[2]) {
     partial = at::empty({call.tasks() * call.partial_size()},

@@ -1,11 +1,11 @@
 // Depthwise convolution on the CPU. Compiled once per instruction set, see csrc/common/simd.h; free
 // of torch headers and of standard library calls for the reason given there.
 //
-//   forward     y[n, k, p, q]      = act(bias[k] + sum over r, s of weight[k, r, s] * x[n, k / m,
-//   h, w]) grad_x      grad_x[n, c, h, w] = sum over k of c, r, s of weight[k, r, s] * grad_y[n, k,
-//   p, q] grad_weight grad_weight[k, r, s] = sum over n, p, q of x[n, k / m, h, w] * grad_y[n, k,
-//   p, q] with h = p * stride_h - pad_top + r * dilation_h, w likewise, taps outside the image left
-//   out.
+//   y[n, k, p, q]        = act(bias[k] + sum over r, s of weight[k, r, s] * x[n, k / m, h, w])
+//   grad_x[n, c, h, w]   = sum over k of c, r, s of weight[k, r, s] * grad_y[n, k, p, q]
+//   grad_weight[k, r, s] = sum over n, p, q of x[n, k / m, h, w] * grad_y[n, k, p, q]
+//
+// with h = p * stride_h - pad_top + r * dilation_h, w likewise, taps outside the image left out.
 //
 // The first two are one computation, target = sum of weight * source, under two index maps
 // (depthwise_cpu_plan.h); the third rides on the second: while grad_y is in a register for grad_x
@@ -19,7 +19,7 @@
 //    in place or packed     --->  depthwise_cpu_tiles.h  everything else
 //
 // but where there are 32 registers, forward takes 3x3 filters on tensors in place by two target
-// rows at once: depthwise_cpu_pairs.h.
+// rows at once: depthwise_cpu_pairs.h. Forward by runs is for vectors of whole cache lines.
 //
 // Channels are the vector axis. Channels-last tensors are read and written in place where that is
 // the faster way, all other layouts pass through packed rows (depthwise_cpu_rows.h). A channel
@@ -157,10 +157,10 @@ struct Task {
 
   // Elements to the row `rows` on, if it is worth fetching into the L1 cache: pixels are further
   // apart than the hardware looks ahead, and planes are too many streams for it.
-  int64_t ahead(const Image& tensor, int64_t rows) const {
+  int64_t ahead(const Image& tensor, int64_t rows, bool in_place) const {
     // Pixels whole pages apart all fall into one set of the L1 cache, which has no room to look
-    // ahead.
-    const bool one_set = tensor.stride_w * static_cast<int64_t>(sizeof(S)) % 4096 == 0;
+    // ahead. Copied ones are not needed there for long.
+    const bool one_set = in_place && tensor.stride_w * static_cast<int64_t>(sizeof(S)) % 4096 == 0;
     const bool far = one_set ? call.exceeds_l3() : call.exceeds_l2();
     return far || tensor.stride_w == 1 ? rows * tensor.stride_h : 0;
   }
@@ -190,7 +190,7 @@ struct Task {
     rows.held = scratch.held + slot_set * call.slots;
     rows.slot_count = call.slots;
     rows.row_stride = call.source_row_stride;
-    rows.ahead = ahead(call.source, call.source_row_stride);
+    rows.ahead = ahead(call.source, call.source_row_stride, block.direct_source);
     return rows;
   }
 
@@ -211,7 +211,7 @@ struct Task {
       if (source < 0 || source >= call.rows.sources) continue;
       const int64_t offset = u * taps + tap.weight * call.S * lanes;
       const bool next_is_new = rows.direct && tap.source + moved > cls.taps.end()[-1].source;
-      live[row->tap_count++] = {rows.row(source), next_is_new ? ahead(call.source, moved) : 0,
+      live[row->tap_count++] = {rows.row(source), next_is_new ? ahead(call.source, moved, true) : 0,
                                 scratch.weight + offset, scratch.totals + offset};
     }
   }
@@ -228,7 +228,7 @@ struct Task {
         row.target_stride = stride_w;
         row.activation = call.activation;
         row.streams = kInput && call.streams;
-        row.target_ahead = row.streams ? 0 : ahead(target, walk.stride);
+        row.target_ahead = row.streams ? 0 : ahead(target, walk.stride, true);
         return compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       }
     }
@@ -239,7 +239,7 @@ struct Task {
       compute_row<A, Source, Target, kInput, kWeight>(call, row, scratch.flat);
       if constexpr (kInput) {
         unpack_row(scratch.target, lanes, block.channels, call.columns.targets, call.activation,
-                   tensor_row, stride_c, stride_w, ahead(target, walk.stride));
+                   tensor_row, stride_c, stride_w, ahead(target, walk.stride, false));
       }
     }
   }
@@ -307,7 +307,7 @@ struct Task {
   // The row of x at target row `at`.
   void set_x(int64_t at, RowJob<Source, Target, A>* row) const {
     const S* x = plane<const S>(call.x, block.begin) + at * call.x.stride_h;
-    const int64_t next = ahead(call.x, walk.stride);
+    const int64_t next = ahead(call.x, walk.stride, block.direct_x);
     if constexpr (std::is_same_v<S, Source>) {
       if (block.direct_x) {
         row->x = x;

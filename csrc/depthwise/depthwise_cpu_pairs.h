@@ -80,7 +80,7 @@ FASTSEG_INLINE void pair_tile(const PairJob<Storage, A>& job, int64_t source_at,
   FASTSEG_UNROLL for (int h = 0; h < kRows; ++h) {
     Storage* target = job.target + h * job.target_row + target_at + c;
     FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
-      put(target, acc[h][j], job.streams);
+      put<1>(target, acc[h][j], job.streams);
       target += job.dilation * job.target_stride;
       FASTSEG_OPAQUE(target);
     }

@@ -148,16 +148,25 @@ inline bool pairs_pay(const ConvShape& shape) {
          (stride == 1 || (stride == 2 && dense));
 }
 
-inline Call plan_forward(const ConvShape& shape, int64_t item, bool pairs) {
+// Whether pixels of so many bytes are better copied into rows of scratch memory: with vectors that
+// are parts of cache lines, whose other parts a few sets of the L1 cache do not keep. Long rows
+// compete in any case, and wide filters read too much of scratch memory.
+inline bool copies_pay(const Call& call, int64_t pixel, bool whole_lines) {
+  return !whole_lines && aliased(pixel) && call.columns.targets < 96 && call.S <= 5;
+}
+
+inline Call plan_forward(const ConvShape& shape, int64_t item, bool pairs, bool whole_lines) {
   Call call = plan(shape, item, 2, output_axes(shape));
   call.walk = {shape.P,
                std::min(shape.P, shape.dilation_h / std::gcd(shape.dilation_h, shape.stride_h))};
   call.source_row_stride = shape.dilation_h;
   // Tiles where the order of pixels counts for more than the number of loads: for long rows from
-  // memory, and where all pixels of a row compete for a few sets of the caches.
-  const bool tiles = shape.dilation_w == 1 &&
-                     (call.columns.targets >= 96 ? call.exceeds_l3()
-                                                 : call.exceeds_l2() && aliased(shape.C * item));
+  // memory, where all pixels of a row compete for a few sets of the caches, and with vectors that
+  // are parts of cache lines, which tiles read one after the other.
+  const bool tiles =
+      !whole_lines || (shape.dilation_w == 1 &&
+                       (call.columns.targets >= 96 ? call.exceeds_l3()
+                                                   : call.exceeds_l2() && aliased(shape.C * item)));
   call.pairs = pairs;
   if (pairs || (runs_pay(shape, call) && !tiles)) {
     call.runs = cut_runs(call.columns, shape.dilation_w);
@@ -214,7 +223,7 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   // What neighbouring sliding tiles of eight targets share has to stay in the L1 cache.
   const int64_t l1 = int64_t{40} << 10;
   int64_t tile = 0;
-  if (access.source && tiles && call->dilation_w <= 2) {
+  if (channels_last && tiles && call->dilation_w <= 2) {
     tile = call->R * (7 * call->columns.step + (call->S - 1) * call->dilation_w + 1) * item;
   }
   while (lanes > narrowest &&

@@ -10,13 +10,20 @@ namespace FASTSEG_SIMD {
 
 FASTSEG_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Stores a vector, with `streams` past the caches: its cache line, which it fills, is then not read
-// before it is written.
-template <class S, class V>
+// Vectors of the accumulation type that fill a cache line.
+constexpr int kLine = 64 / FASTSEG_SIMD_BYTES;
+
+// Stores a vector, one of kGroup neighbours; with `streams` past the caches, where together they
+// fill cache lines, which then are not read before they are written.
+template <int kGroup, class S, class V>
 FASTSEG_INLINE void put(S* p, V v, bool streams) {
 #if FASTSEG_SIMD_BYTES == 64
   if constexpr (sizeof(S) == sizeof(v[0])) {
     if (streams) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+  }
+#elif FASTSEG_SIMD_BYTES == 32
+  if constexpr (sizeof(S) == sizeof(v[0]) && kGroup % kLine == 0) {
+    if (streams) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(v));
   }
 #endif
   store(p, v);
@@ -24,7 +31,7 @@ FASTSEG_INLINE void put(S* p, V v, bool streams) {
 
 // Orders what was streamed before everything that follows, such as the end of a parallel loop.
 FASTSEG_INLINE void end_streams() {
-#if FASTSEG_SIMD_BYTES == 64
+#if FASTSEG_SIMD_BYTES >= 32
   _mm_sfence();
 #endif
 }

@@ -137,7 +137,7 @@ FASTSEG_INLINE void tile(const TileJob<Source, Target, A>& job, int64_t position
     Target* target = job.target + position * job.target_step + c;
     FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
       FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
-        put(target + g * n, acc[g][j], job.streams);
+        put<kGroup>(target + g * n, acc[g][j], job.streams);
       }
       target += job.target_step;
       FASTSEG_OPAQUE(target);
@@ -182,7 +182,7 @@ FASTSEG_INLINE void slide(const TileJob<Source, Target, A>& job, int64_t positio
       FASTSEG_UNROLL for (int i = 0; i < kTile * kStep; ++i) {
         source -= pixel;
         FASTSEG_OPAQUE(source);
-        FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+        FASTSEG_UNROLL for (int g = 0; g < kGroup; g += kLine) {
           __builtin_prefetch(source + tap->ahead + g * n);
         }
       }
@@ -192,10 +192,12 @@ FASTSEG_INLINE void slide(const TileJob<Source, Target, A>& job, int64_t positio
   Target* target = job.target + position * job.target_step + c;
   FASTSEG_UNROLL for (int j = 0; j < kTile; ++j) {
     if (job.target_ahead != 0) {
-      FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g)
+      FASTSEG_UNROLL for (int g = 0; g < kGroup; g += kLine)
           __builtin_prefetch(target + job.target_ahead + g * n, 1);
     }
-    FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) { put(target + g * n, acc[g][j], job.streams); }
+    FASTSEG_UNROLL for (int g = 0; g < kGroup; ++g) {
+      put<kGroup>(target + g * n, acc[g][j], job.streams);
+    }
     target += job.target_step;
     FASTSEG_OPAQUE(target);
   }
@@ -227,15 +229,17 @@ struct AnyTaps {
   }
 };
 
-template <class A, int kTaps, int kStep, int kDilation>
+// With kLines, narrower ones that fill whole cache lines, for targets that go past the caches.
+template <class A, int kTaps, int kStep, int kDilation, bool kLines>
 struct Sliding {
-  static constexpr int64_t kNarrowest = 4, kWidest = kManyRegisters || kTaps == 3 ? 8 : 6;
+  static constexpr int64_t kNarrowest = kLines ? 2 : 4;
+  static constexpr int64_t kWidest = kLines ? 4 : kManyRegisters || kTaps == 3 ? 8 : 6;
 
   template <int kTile, class Source, class Target>
   static FASTSEG_INLINE void run(const TileJob<Source, Target, A>& job, int64_t position) {
     constexpr int64_t n = kLanes<A>;
     // With two new sources a target the loads are the limit: whole pairs of cache lines.
-    constexpr int kGroup = kManyRegisters && kStep == 2 && kTaps <= 5 ? 2 : 1;
+    constexpr int kGroup = kLines ? kLine : kManyRegisters && kStep == 2 && kTaps <= 5 ? 2 : 1;
     int64_t c = 0;
     if constexpr (kGroup > 1) {
       for (; c + kGroup * n <= job.channels; c += kGroup * n) {
@@ -275,11 +279,11 @@ inline bool cover(const Job& job, int64_t positions) {
   return true;
 }
 
-template <class A, int kTaps, class Job>
+template <class A, int kTaps, bool kLines, class Job>
 inline bool cover_sliding(const Job& job, int64_t step, int64_t dilation, int64_t positions) {
-  if (step == 1 && dilation == 1) return cover<Sliding<A, kTaps, 1, 1>>(job, positions);
-  if (step == 2 && dilation == 1) return cover<Sliding<A, kTaps, 2, 1>>(job, positions);
-  if (step == 1 && dilation == 2) return cover<Sliding<A, kTaps, 1, 2>>(job, positions);
+  if (step == 1 && dilation == 1) return cover<Sliding<A, kTaps, 1, 1, kLines>>(job, positions);
+  if (step == 2 && dilation == 1) return cover<Sliding<A, kTaps, 2, 1, kLines>>(job, positions);
+  if (step == 1 && dilation == 2) return cover<Sliding<A, kTaps, 1, 2, kLines>>(job, positions);
   return false;
 }
 
@@ -287,9 +291,12 @@ inline bool cover_sliding(const Job& job, int64_t step, int64_t dilation, int64_
 template <class A, class Job>
 inline bool cover_sliding(const Job& job, int64_t taps, int64_t step, int64_t dilation,
                           int64_t positions) {
-  if (taps == 3) return cover_sliding<A, 3>(job, step, dilation, positions);
-  if (taps == 5) return cover_sliding<A, 5>(job, step, dilation, positions);
-  if (taps == 7) return cover_sliding<A, 7>(job, step, dilation, positions);
+  if constexpr (kLine == 2) {
+    if (taps == 3 && job.streams) return cover_sliding<A, 3, true>(job, step, dilation, positions);
+  }
+  if (taps == 3) return cover_sliding<A, 3, false>(job, step, dilation, positions);
+  if (taps == 5) return cover_sliding<A, 5, false>(job, step, dilation, positions);
+  if (taps == 7) return cover_sliding<A, 7, false>(job, step, dilation, positions);
   return false;
 }
 

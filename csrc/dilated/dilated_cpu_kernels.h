@@ -295,10 +295,18 @@ void run_shift(const dilated_cpu::ShiftCall& call, int64_t begin, int64_t end, c
 
 // ---- grad_weight ----
 
+// Outputs that a product takes in: their panels have to fit the second-level cache, which is a
+// smaller one where vectors are shorter.
+template <class T>
+constexpr int64_t kWeightDepth = FASTSEG_SIMD_BYTES == 64 ? kMaxDepth<T> : kMaxDepth<T> / 2;
+// Channels of grad_y that are copied at a time: a tile, or several that make up whole vectors.
+constexpr int64_t kFilledRows = FASTSEG_SIMD_BYTES == 64 ? kTileRows : 4 * kTileRows;
+
 // Bytes of scratch memory that run_weight_task() wants.
 template <class T>
 constexpr int64_t kWeightScratchBytes =
-    (kTileRows * kTilePitch<T> + kMaxDepth<T> * (dilated_cpu::kWeightBlock + kPanelColumns<T>)) *
+    (kFilledRows * kTilePitch<T> +
+     kWeightDepth<T> * (dilated_cpu::kWeightBlock + kPanelColumns<T>)) *
     static_cast<int64_t>(sizeof(T));
 
 // A run of neighbouring outputs of one row that a product takes in.
@@ -306,6 +314,23 @@ struct OutputRun {
   int64_t x, grad_y;  // offsets of its first pixel
   int64_t count;
 };
+
+// Asks for the first kFilledRows channels of pixels [begin, end) of some runs, into the
+// second-level cache.
+template <class S>
+inline void prefetch_runs(const S* grad_y, int64_t pixel, const OutputRun* runs, int64_t run_count,
+                          int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < run_count && end > 0; ++i) {
+    const S* from = grad_y + runs[i].grad_y;
+    for (int64_t j = begin < 0 ? 0 : begin; j < runs[i].count && j < end; ++j) {
+      for (int64_t c = 0; c < kFilledRows; c += kLine)
+        __builtin_prefetch(from + j * pixel + c, 0, 2);
+    }
+    begin -= runs[i].count;
+    end -= runs[i].count;
+  }
+}
 
 template <class S>
 void run_weight_task(const dilated_cpu::WeightCall& call, const dilated_cpu::WeightTask& task,
@@ -318,7 +343,7 @@ void run_weight_task(const dilated_cpu::WeightCall& call, const dilated_cpu::Wei
   T* sums = static_cast<T*>(call.sums.data) + task.split * call.sums_split + tap.r * call.sums.r +
             tap.s * call.sums.s + task.k * call.sums.k + task.c;
   T* tile = reinterpret_cast<T*>(scratch);
-  T* panels = tile + kTileRows * kTilePitch<T>;
+  T* panels = tile + kFilledRows * kTilePitch<T>;
   const int64_t live_rows = tap.rows.end - tap.rows.begin;
   const int64_t width = tap.columns.end - tap.columns.begin;
   const int64_t outputs = (task.end - task.begin) * width;
@@ -326,7 +351,7 @@ void run_weight_task(const dilated_cpu::WeightCall& call, const dilated_cpu::Wei
   // No sum of a few outputs is one long chain of additions, whose rounding would show.
   constexpr int64_t kShortest = 32;
   const int64_t quarter = (outputs + 3) / 4 < kShortest ? kShortest : (outputs + 3) / 4;
-  const int64_t deepest = quarter < kMaxDepth<T> ? quarter : kMaxDepth<T>;
+  const int64_t deepest = quarter < kWeightDepth<T> ? quarter : kWeightDepth<T>;
 
   // A tap with few live rows leaves some of the splits empty.
   for (int64_t k = 0; k < task.k_count && outputs == 0; ++k) {
@@ -334,7 +359,7 @@ void run_weight_task(const dilated_cpu::WeightCall& call, const dilated_cpu::Wei
   }
   for (int64_t begin = 0; begin < outputs; begin += deepest) {
     const int64_t depth = outputs - begin < deepest ? outputs - begin : deepest;
-    OutputRun runs[kMaxDepth<T>];
+    OutputRun runs[kWeightDepth<T>];
     int64_t run_count = 0;
     for (int64_t o = begin; o < begin + depth;) {
       const int64_t row = task.begin + o / width, column = o % width;
@@ -350,16 +375,24 @@ void run_weight_task(const dilated_cpu::WeightCall& call, const dilated_cpu::Wei
       pack_panels(x + runs[i].x, call.x.c, call.step_w * call.x.w, task.c_count, runs[i].count,
                   panels, place, depth);
     }
-    for (int64_t k = 0; k < task.k_count; k += kTileRows) {
-      const int64_t rows = task.k_count - k < kTileRows ? task.k_count - k : kTileRows;
+    for (int64_t k = 0; k < task.k_count; k += kFilledRows) {
+      const int64_t filled = task.k_count - k < kFilledRows ? task.k_count - k : kFilledRows;
       for (int64_t i = 0, place = 0; i < run_count; place += runs[i++].count) {
-        fill_tile(grad_y + runs[i].grad_y + k * call.grad_y.c, call.grad_y.c, call.grad_y.w, rows,
+        fill_tile(grad_y + runs[i].grad_y + k * call.grad_y.c, call.grad_y.c, call.grad_y.w, filled,
                   runs[i].count, tile + place);
       }
-      T* targets[kTileRows];
-      for (int64_t i = 0; i < rows; ++i) targets[i] = sums + (k + i) * call.sums.k;
-      multiply_tile<T>(tile, kTilePitch<T>, static_cast<int>(rows), panels, depth, targets,
-                       task.c_count, begin == 0, static_cast<const Finish<T>*>(nullptr));
+      for (int64_t first = 0; first < filled; first += kTileRows) {
+        const int64_t rows = filled - first < kTileRows ? filled - first : kTileRows;
+        if (kFilledRows > kTileRows && call.grad_y.c == 1 && k + kFilledRows < task.k_count) {
+          prefetch_runs(grad_y + k + kFilledRows, call.grad_y.w, runs, run_count,
+                        depth * first / filled, depth * (first + rows) / filled);
+        }
+        T* targets[kTileRows];
+        for (int64_t i = 0; i < rows; ++i) targets[i] = sums + (k + first + i) * call.sums.k;
+        multiply_tile<T>(tile + first * kTilePitch<T>, kTilePitch<T>, static_cast<int>(rows),
+                         panels, depth, targets, task.c_count, begin == 0,
+                         static_cast<const Finish<T>*>(nullptr));
+      }
     }
   }
 }

@@ -364,9 +364,9 @@ inline int64_t weight_splits(const std::vector<LiveTap>& taps, int64_t N, int64_
       static_cast<int64_t>(taps.size()) * ceil_div(K, kWeightBlock) * ceil_div(C, kWeightBlock);
   int64_t rows = 0;
   for (const LiveTap& tap : taps) rows = std::max(rows, N * (tap.rows.end - tap.rows.begin));
-  return blocks == 0
-             ? 1
-             : std::clamp<int64_t>(kWeightTasks / blocks, 1, std::max<int64_t>(1, rows / 4));
+  return blocks == 0 ? 1
+                     : std::clamp<int64_t>(ceil_div(kWeightTasks, blocks), 1,
+                                           std::max<int64_t>(1, rows / 4));
 }
 
 inline std::vector<WeightTask> cut_weight_tasks(const std::vector<LiveTap>& taps, int64_t N,

@@ -8,9 +8,10 @@ import torch
 from benchmarks import blocks, cases, command, head, network, selection
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, ConvCase, select
-from benchmarks.row import Candidate
+from benchmarks.row import AUTOCAST, Candidate
 from benchmarks.selection import Compiling, Settings, matches, plan
 from benchmarks.workload import ConvWorkload
+from fastseg import dispatch
 from tests.benchmarks.conftest import TINY
 
 EVERYTHING = [*CASES, *blocks.BLOCKS, *head.HEADS, *network.NETWORKS]
@@ -97,6 +98,17 @@ def test_the_quick_run_is_a_part_of_the_full_one():
     assert [step.id for step in quick if step.dtype == "autocast"] == ["deeplabv3-resnet50/inference/autocast"]
 
 
+def test_a_short_run_has_a_network_and_depthwise_convolutions():
+    steps = plan(Settings())
+    assert steps[0].case.id == "deeplabv3-mobilenet-v3"
+    depthwise = [step for step in steps if step.kind == "operators" and step.case.outputs is None]
+    assert steps[1 : 1 + len(depthwise)] == depthwise
+    assert [step.kind for step in steps].index("blocks") == 1 + len(depthwise)
+    assert steps[-1].kind == "networks"
+    on_gpu = plan(Settings(device="cuda", dtypes=("bfloat16",)))
+    assert on_gpu[1].kind == "networks"
+
+
 def test_cases_are_chosen_by_pattern_in_the_order_of_their_value():
     assert [case.id for case in select("sep-aspp*", "cpu")] == [
         "sep-aspp-d18", "sep-aspp-d6", "sep-aspp-d12", "sep-aspp-d1",
@@ -171,6 +183,14 @@ def test_a_selection_that_cannot_be_is_refused(options, sentence, capsys):
 def test_rows_can_be_listed(capsys):
     assert main(["--device", "cpu", "--cases", "mobilenet-384", "--dtype", "float32", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["mobilenet-384/forward/float32", "mobilenet-384/backward/float32"]
+
+
+@pytest.mark.parametrize("slow", [set(), {torch.bfloat16}])
+def test_networks_are_left_out_in_dtypes_that_pytorch_convolves_in_plain_loops(slow, monkeypatch):
+    monkeypatch.setattr(dispatch, "SLOW_ON_NATIVE", frozenset(slow))
+    steps = plan(Settings(cases="", models="deeplabv3-mobilenet-v3", quick=False))
+    left_out = {step.dtype for step in steps if selection.obstacle(step, selection.workload(step, "cpu"), "cpu")}
+    assert left_out == ({AUTOCAST} if slow else set())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -58,26 +58,25 @@ def test_every_shape_is_within_the_bound(shape, dtype, poison):
     check(*shape, dtype)
 
 
-# Targets too large for the caches are stored another way, if vectors are whole cache lines.
-@pytest.mark.parametrize("stride", [1, 2])
+# Targets too large for the caches are stored another way, in whole cache lines: as vectors, or in tiles of several.
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [64, 72])
-def test_large_tensors_are_exact_with_any_number_of_threads(channels, dtype, stride, poison):
+@pytest.mark.parametrize("width", [None, 7, 8])
+def test_large_tensors_are_exact_with_any_number_of_threads(width, channels, dtype, stride, dilation, poison):
     side = {torch.float64: 151, torch.float32: 211, torch.bfloat16: 307}[dtype]
-    x = integer_tensor((1, channels, side, side), dtype).contiguous(memory_format=torch.channels_last)
+    size = (side, side) if width is None else (side * side // width, width)
+    x = integer_tensor((1, channels, *size), dtype).contiguous(memory_format=torch.channels_last)
     weight = integer_tensor((channels, 1, 3, 3), dtype, seed=1)
-    results = [forward(x, weight, None, stride, 1, 1, threads=threads) for threads in (1, 2, 5)]
-    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, 1, 1, channels).to(dtype)
+    threads = (1, 2, 5) if width is None else (2,)
+    results = [forward(x, weight, None, stride, dilation, dilation, threads=count) for count in threads]
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, dilation, dilation, channels)
     for y in results:
-        assert torch.equal(y, wanted)
+        assert torch.equal(y, wanted.to(dtype))
 
 
-# Rows by tiles and by runs are stored that way too, and gradients of the input are.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("channels", [64, 72])
-@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (3, 40), (5, 2)])
-def test_large_gradients_are_exact_with_any_number_of_threads(kernel, dilation, channels, dtype, poison):
-    side = {torch.float64: 81, torch.float32: 113}[dtype]
+def check_gradients(channels, side, kernel, dilation, dtype):
+    """Output and gradients of integers, exact with 1, 2 and 5 threads."""
     x, grad_y = (integer_tensor((1, channels, side, side), dtype, seed=seed) for seed in (0, 1))
     x, grad_y = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_y))
     weight = integer_tensor((channels, 1, kernel, kernel), dtype, seed=2)
@@ -93,4 +92,20 @@ def test_large_gradients_are_exact_with_any_number_of_threads(kernel, dilation, 
     y = torch.nn.functional.conv2d(x, weight, None, 1, padding, dilation, channels)
     wanted = (y, *torch.autograd.grad(y, (x, weight), grad_y.double()))
     for result in results:
-        assert all(torch.equal(a.double(), b) for a, b in zip(result, wanted, strict=True))
+        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(result, wanted, strict=True))
+
+
+# Rows by tiles and by runs are stored that way too, and gradients of the input are.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("channels", [64, 72])
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (3, 40), (5, 2)])
+def test_large_gradients_are_exact_with_any_number_of_threads(kernel, dilation, channels, dtype, poison):
+    check_gradients(channels, {torch.float64: 81, torch.float32: 113}[dtype], kernel, dilation, dtype)
+
+
+# Pixels that compete for a few sets of the caches are copied first, where vectors are parts of cache lines.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [256, 512])
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (3, 2), (3, 7), (5, 2), (7, 1)])
+def test_competing_pixels_give_exact_results_with_any_number_of_threads(kernel, dilation, channels, dtype, poison):
+    check_gradients(channels, 23, kernel, dilation, dtype)
