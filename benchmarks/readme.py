@@ -6,6 +6,7 @@ They stand between `<!-- gpu-table -->` and `<!-- /gpu-table -->`, and likewise 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.markdown import markdown
@@ -15,10 +16,14 @@ BLOCKS = {"cpu-table": "cpu", "gpu-table": "cuda"}
 
 
 def block(name: str, results: Path = RESULTS) -> str:
-    """The text of one block: the newest record's table, and of every earlier one what later ones lack."""
-    tables, seen = [], set()
+    """The text of one block: the newest record's table, and of every earlier one what later ones lack.
+
+    Those of processors with other instructions have their own rows.
+    """
+    tables, all_seen = [], defaultdict(set)
     for record in committed(BLOCKS[name], results):
         rest = dict(record)
+        seen = all_seen[record["machine"].get("isa")]
         for kind in KINDS:
             rest[kind] = [row for row in record[kind] if row["id"] not in seen]
             seen |= {row["id"] for row in rest[kind]}
