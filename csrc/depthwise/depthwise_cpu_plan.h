@@ -223,7 +223,7 @@ inline void cut_tasks(int64_t vector, int64_t item, Access access, Call* call) {
   // What neighbouring sliding tiles of eight targets share has to stay in the L1 cache.
   const int64_t l1 = int64_t{40} << 10;
   int64_t tile = 0;
-  if (channels_last && tiles && call->dilation_w <= 2) {
+  if (access.source && tiles && call->dilation_w <= 2) {
     tile = call->R * (7 * call->columns.step + (call->S - 1) * call->dilation_w + 1) * item;
   }
   while (lanes > narrowest &&

@@ -4,8 +4,9 @@
 //   step j:   opens target j,  adds source j - pad to the open targets,  closes target j - 2
 //
 //   sources        s0    s1       s2          s3          ...
-//   open targets  {t0}  {t1 t0}  {t2 t1 t0}  {t3 t2 t1}  ...    t reads sources t - pad to t + 2 -
-//   pad
+//   open targets  {t0}  {t1 t0}  {t2 t1 t0}  {t3 t2 t1}  ...
+//
+// Target t reads sources t - pad, t + 1 - pad and t + 2 - pad.
 //
 // Each source is loaded once a row and used three times; the nine weights, the three open targets
 // and, in the fused backward pass, the nine sums of grad_weight stay in registers for the whole

@@ -78,7 +78,7 @@ def test_a_run_says_what_it_does(tmp_path):
     found = run(out)
     lines = out.getvalue().splitlines()
     assert "measured ceilings" in lines[1]
-    assert any(line.startswith("tiny") and "[6/7" in line for line in lines)
+    assert any(line.startswith("tiny") and "[2/7" in line for line in lines)
     assert len(record.rows(found)) == 7
     assert found["finished"]
 
