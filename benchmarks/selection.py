@@ -91,7 +91,7 @@ def matches(case, patterns: str) -> bool:
 def plan(settings: Settings) -> list[Step]:
     """Inference of networks, heads, blocks, what users call operators; with `quick` off then what is left.
 
-    A quick run on a CPU may be short, and begins with a row or more of each: see _turn.
+    A quick run on a CPU may be cut short, and has another order: see _turn.
     """
     plain = [dtype for dtype in settings.dtypes if dtype != AUTOCAST]
     quick = settings.quick

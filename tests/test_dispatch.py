@@ -125,14 +125,17 @@ DENSE = {
 }
 
 
+def forget_choices():
+    dispatch._choices.clear()
+    dispatch.forget_sized_choices()
+
+
 @pytest.fixture
 def chosen_anew():
     """What is chosen inside a test is not remembered, nor is what was remembered looked at."""
-    dispatch._choices.clear()
-    dispatch.forget_sized_choices()
+    forget_choices()
     yield
-    dispatch._choices.clear()
-    dispatch.forget_sized_choices()
+    forget_choices()
 
 
 # What processors without AVX-512 leave to native besides.
@@ -167,10 +170,8 @@ WITHOUT_PRODUCTS = {
 def test_auto_takes_dense_kernels_where_onednn_has_no_products(problem, backend, dtype, chosen_anew, monkeypatch):
     monkeypatch.setattr(dispatch, "SLOW_ON_NATIVE", frozenset({dtype}))
     assert dispatch.choose(problem._replace(dtype=dtype)).backend == backend
-    both = {torch.bfloat16, torch.float16}
-    monkeypatch.setattr(dispatch, "SLOW_ON_NATIVE", both - {dtype})
-    dispatch._choices.clear()
-    dispatch.forget_sized_choices()
+    monkeypatch.setattr(dispatch, "SLOW_ON_NATIVE", {torch.bfloat16, torch.float16} - {dtype})
+    forget_choices()
     assert dispatch.choose(problem._replace(dtype=dtype)).backend == "native"
 
 
