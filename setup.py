@@ -6,7 +6,6 @@ Environment:
     MAX_JOBS                parallel compilers; default: by cores and free memory
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ except ImportError:
     )
 
 from csrc.cuda_toolkit import INSTALL_HINT, find_toolkit  # noqa: E402
+from csrc.sources import digest_of_sources  # noqa: E402
 
 DEFAULT_ARCHITECTURES = ("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a")
 # PTX that every later GPU can compile when it is loaded; PTX of 90a would run on Hopper alone.
@@ -119,15 +119,6 @@ def extension_or_reason():
     options["library_dirs"] = [str(folder) for folder in library_dirs(toolkit)]
     options["extra_compile_args"]["nvcc"] = ["-O3", "-lineinfo", *architectures]
     return cpp_extension.BuildExtension, cpp_extension.CUDAExtension("fastseg._C", sources, **options), record
-
-
-def digest_of_sources():
-    """What the kernels are made from: what tuning has measured holds for these alone. csrc/host is for tests."""
-    digest = hashlib.sha256()
-    sources = [p for p in ROOT.glob("csrc/**/*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
-    for path in sorted(p for p in sources if ROOT / "csrc" / "host" not in p.parents):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def library_dirs(toolkit):

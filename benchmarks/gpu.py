@@ -1,13 +1,14 @@
 """python -m benchmarks.gpu: everything that only a GPU can show, in one command of less than ten minutes.
 
 Stages, most valuable first, each a process of its own with a time limit: build, smoke, exactness, the contract tests,
-tests/test_gpu.py, compute-sanitizer, then times. The record is written after every stage, so an interrupted run leaves
+tests/test_gpu.py, compute-sanitizer, compiling what is timed, then times. The record is written after every stage, so an interrupted run leaves
 what it has. It goes to $OUT when that is set, else to benchmarks/results/. `--dry-run` walks the same way on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import multiprocessing
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 import fastseg
-from benchmarks import record, table
+from benchmarks import record, selection, table, timing
 from fastseg import dispatch
 from fastseg.ops.depthwise import reference as depthwise
 from fastseg.ops.dilated import reference as dilated
@@ -57,11 +58,11 @@ def kernels(device: str) -> list[str]:
     return found or (["reference"] if device == "cpu" else [])
 
 
-def _calls(device: str):
+def _calls(device: str, backends: Sequence[str] = ()):
     """Every operator, backend, dtype, layout and geometry of the smoke and exactness stages: (name, backend, ...)."""
     layouts = (torch.channels_last, torch.contiguous_format)
     for operator, backend, dtype, layout, geometry in itertools.product(
-        FILTERS, kernels(device), DTYPES, layouts, GEOMETRIES
+        FILTERS, backends or kernels(device), DTYPES, layouts, GEOMETRIES
     ):
         size, kernel, stride, dilation = geometry
         padding = dilation * (kernel // 2)
@@ -99,9 +100,9 @@ def smoke(device: str) -> int:
 
 
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-def _smoke(device: str, first: int = 0, step: int = 1, compare: bool = True) -> int:
-    done = 0
-    for name, backend, dtype, layout, size, filter, geometry in itertools.islice(_calls(device), first, None, step):
+def _smoke(device: str, first: int = 0, step: int = 1, compare: bool = True, backends: Sequence[str] = ()) -> int:
+    done, calls = 0, itertools.islice(_calls(device, backends), first, None, step)
+    for name, backend, dtype, layout, size, filter, geometry in calls:
         x = random_tensor((2, CHANNELS, *size), dtype, seed=1, device=device).contiguous(memory_format=layout)
         weight = random_tensor(filter, dtype, seed=2, device=device)
         y, grad_y, *grads = _gradients(
@@ -116,8 +117,11 @@ def _smoke(device: str, first: int = 0, step: int = 1, compare: bool = True) -> 
 
 
 def touch(device: str) -> int:
-    """The calls of `smoke` without their checks, for compute-sanitizer to watch: it slows every launch down."""
-    done = _smoke(device, compare=False)
+    """The calls of `smoke` without their checks, for compute-sanitizer to watch: it slows every launch down.
+
+    Of the hand-written C++ alone, which has no compiler that checks its indices.
+    """
+    done = _smoke(device, compare=False, backends=("cuda",) if device == "cuda" else ())
     print(f"{done} calls made")
     return 0 if done else 1
 
@@ -147,6 +151,28 @@ def _exactness(device: str, first: int, step: int) -> tuple[int, list[str]]:
             if not torch.equal(actual.detach(), value.to(dtype)):
                 wrong.append(f"{name}: {what}")
     return done, wrong
+
+
+def compile_timed(device: str) -> int:
+    """Compiles, on all cores, the Triton kernels that the times of operators, blocks and heads will call."""
+    print(f"{sum(_in_parallel(_compile_timed, device))} calls made")
+    return 0
+
+
+def _compile_timed(device: str, first: int, step: int) -> int:
+    steps = selection.plan(selection.Settings(device=device, dtypes=("bfloat16",), networks=False))
+    done = 0
+    with timing.measuring_stream(device):
+        for one in steps[first::step]:
+            work = selection.workload(one, device)
+            for candidate in work.candidates():
+                if candidate.role == "fastseg" and candidate.backend in ("triton", ""):
+                    with contextlib.suppress(RuntimeError):  # the times show what fails
+                        work.calls(candidate, one.direction, 1)[0]()
+                        done += 1
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return done
 
 
 class Run:
@@ -298,9 +324,11 @@ def run_all(output: Path, device: str, budget: float, built: bool = False, witho
             run.skip(tool, "compute-sanitizer is not installed" if device == "cuda" else "a dry run has no GPU")
     left = run.end - time.perf_counter()
     if device == "cuda":
+        run.stage("compile", [*own, "compile"], 45)
+        left = run.end - time.perf_counter()
         operators, low = ("--no-networks", "--no-blocks", "--no-compile"), ("--dtype", "bfloat16")
-        run.measure("times, bfloat16", 0.4 * left, *low, *operators)
-        run.measure("blocks and heads", 0.4 * left, *low, "--no-networks", "--no-operators")
+        run.measure("times, bfloat16", 0.35 * left, *low, *operators)
+        run.measure("blocks and heads", 0.45 * left, *low, "--no-networks", "--no-operators")
         run.measure("networks", 0.2 * left, *low, "--no-blocks", "--no-operators")
         run.measure("times, float32", left, "--dtype", "float32", *operators)
     else:
@@ -311,6 +339,9 @@ def run_all(output: Path, device: str, budget: float, built: bool = False, witho
     return run.record
 
 
+STAGES = {"smoke": smoke, "exactness": exactness, "touch": touch, "compile": compile_timed}
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, help="where the record goes")
@@ -318,7 +349,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="every stage that can run on the CPU; nothing to commit")
     parser.add_argument("--without", default="", metavar="STAGES", help="comma-separated: smoke, exactness, ...")
     parser.add_argument("--built", action="store_true", help="use the extension that is there")
-    parser.add_argument("--stage", choices=("smoke", "exactness", "touch"), help="only this, in this process")
+    parser.add_argument("--stage", choices=tuple(STAGES), help="only this, in this process")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="for --stage")
     parsed = parser.parse_args(arguments)
     device = "cpu" if parsed.dry_run else parsed.device
@@ -326,7 +357,7 @@ def main(arguments: list[str]) -> int:
         print("PyTorch sees no CUDA device on this machine, so there is nothing to run here.", file=sys.stderr)
         return 2
     if parsed.stage:
-        return {"smoke": smoke, "exactness": exactness, "touch": touch}[parsed.stage](device)
+        return STAGES[parsed.stage](device)
     if parsed.dry_run:
         output = record.ROOT / "build" / "gpu-dry-run.json"
     else:

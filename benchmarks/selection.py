@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from typing import NamedTuple
 
 from benchmarks import blocks, cases, head, memory, network
@@ -141,6 +142,9 @@ def _chosen(all_cases, settings: Settings) -> list:
 
 def _operators(settings: Settings, directions, dtypes) -> list[Step]:
     chosen = _chosen(cases.CASES, settings)
+    if settings.device == "cuda":  # a short run shows something of both families
+        depthwise, dense = ([c for c in chosen if (c.outputs is None) == which] for which in (True, False))
+        chosen = [case for pair in zip_longest(dense, depthwise) for case in pair if case is not None]
     return [
         Step("operators", "operator", case, direction, dtype)
         for dtype in dtypes

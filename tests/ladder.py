@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from benchmarks.record import not_yet_run_on_a_gpu
 from csrc.host.build import sanitizer_environment
+from fastseg import extension
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
@@ -41,6 +42,13 @@ class Step:
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     cores: int = CORES  # that it keeps busy
+
+
+def narrower_instructions() -> tuple[str, ...]:
+    """The instruction sets that this machine has besides its best, which every other step runs with."""
+    known = ("plain", "avx2", "avx512")
+    best = "plain" if extension.EXTENSION is None else extension.EXTENSION.cpu_capability()
+    return known[: known.index(best)]
 
 
 def steps() -> list[Step]:
@@ -68,7 +76,7 @@ def steps() -> list[Step]:
                 1, f"C++ CPU kernels, {best} at most", [*PYTEST, *CPU_KERNELS, "-k", "not reference"],
                 one_core | {"FASTSEG_CPU_CAPABILITY": best}, 1,
             )
-            for best in ("avx2", "plain")
+            for best in narrower_instructions()
         ),
         Step(3, "the executor of CUDA kernels on the CPU", [
             *PYTEST, "tests/host/test_host_executor.py", "tests/host/test_load_matrices.py",

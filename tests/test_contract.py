@@ -21,7 +21,7 @@ from fastseg.testing import (
     random_tensor,
     strided_variants,
 )
-from tests.conftest import SLOW_RUNG, TARGETS, on_threads
+from tests.conftest import FEW_CASES, SLOW_RUNG, TARGETS, on_threads
 from tests.families import FAMILIES, Family
 
 DTYPES = [
@@ -50,18 +50,18 @@ CASES = cases(lambda *one: not is_told_by_others(*one))
 PLAIN = cases(lambda f, n, c: c.activation == "none" and c.batch > 0 and not is_told_by_others(f, n, c))
 # gradcheck works in float64.
 DIFFERENTIABLE = cases(lambda family, name, case: case.batch > 0) if torch.float64 in DTYPES else []
-# Interpreted kernels are slow: beyond float32 accuracy they take the cases that reach every path of a kernel.
-KEY = cases(lambda family, name, case: name in family.key_cases) if SLOW_RUNG else PLAIN
+# Where cases are dear, these alone are for more than float32 accuracy: they reach every path of a kernel.
+KEY = cases(lambda family, name, case: name in family.key_cases) if FEW_CASES else PLAIN
 
 
 def with_dtypes(params, dtypes=DTYPES):
-    """Each case in each dtype; on a slow rung only key cases in others than float32."""
+    """Each case in each dtype; where cases are dear only key cases in others than float32."""
     key = {param.id for param in KEY}
     return [
         pytest.param(*param.values, dtype, id=f"{param.id}-{short(dtype)}")
         for param in params
         for dtype in dtypes
-        if dtype == torch.float32 or not SLOW_RUNG or param.id in key
+        if dtype == torch.float32 or not FEW_CASES or param.id in key
     ]
 
 

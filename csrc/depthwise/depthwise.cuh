@@ -34,6 +34,9 @@
 // Padding is skipped, never multiplied: a weight that looks at padding may be infinite. Tiles whose
 // columns all lie inside take a loop without tests of columns; rows are tested once each.
 //
+// Where dilations leave a phase three rows and columns at most, walks would do little but begin and
+// end: depthwise_phases.cuh.
+//
 // Offsets are 64 bits wide, computed once a walk and then added up; 32 bits would save nothing, as
 // an address is a 64-bit sum either way. What counts rows, columns and walks is 32 bits wide. The
 // host sends what does not fit to the generic kernels.
@@ -67,6 +70,25 @@ struct WalkTraits {
   static_assert(TAPS % 2 == 1 && (STRIDE == 1 || STRIDE == 2));
   static_assert(kWeightBytes <= static_cast<int>(kDefaultSharedBytes));
 };
+
+// ---- Threads ----
+
+// What a thread has: walks of `worker` that fall to its group, VEC channels of the block's slab.
+struct Role {
+  int group, lane, worker;
+  int first_channel, channel;  // of the slab, of the thread
+};
+
+template <int VEC>
+__device__ __forceinline__ Role role_of_thread(const Walks& walks) {
+  Role role;
+  role.group = thread_id_x() / walks.lanes, role.lane = thread_id_x() - role.group * walks.lanes;
+  const int block = static_cast<int>(block_id_x());
+  role.worker = block / walks.slabs;
+  role.first_channel = (block - role.worker * walks.slabs) * walks.lanes * VEC;
+  role.channel = role.first_channel + role.lane * VEC;
+  return role;
+}
 
 // ---- Walks ----
 

@@ -1,6 +1,8 @@
-// Launches the backward kernels: a walk where there is one for the problem, else the generic
-// kernels; then, for grad_weight and grad_bias, the second stage of the sums.
+// Launches the backward kernels: whole phases where they are short, walks where there are some for
+// the problem, else the generic kernels; then, for grad_weight and grad_bias, the second stage of
+// the sums.
 #include "csrc/depthwise/depthwise_backward.cuh"
+#include "csrc/depthwise/depthwise_backward_phases.cuh"
 #include "csrc/depthwise/depthwise_generic.cuh"
 
 namespace fastseg {
@@ -11,7 +13,7 @@ namespace {
 struct BackwardPlan {
   void (*launch)(const DepthwiseBackwardArgs& args, const BackwardPlan& plan, cudaStream_t stream);
   int64_t workers;  // rows of the workspace [workers, R * S + 1, K]
-  Walks walks;      // of launch_variant
+  Walks walks;      // of launch_kernel
 };
 
 bool wants_sums(const DepthwiseBackwardArgs& args) {
@@ -20,10 +22,9 @@ bool wants_sums(const DepthwiseBackwardArgs& args) {
 
 // ---- Walks ----
 
-template <typename T, int VEC, int TAPS, int STRIDE>
-void launch_variant(const DepthwiseBackwardArgs& args, const BackwardPlan& plan,
-                    cudaStream_t stream) {
-  using Traits = BackwardTraits<T, VEC, TAPS, STRIDE>;
+template <typename T, int VEC, int TAPS, void (*KERNEL)(BackwardParams)>
+void launch_kernel(const DepthwiseBackwardArgs& args, const BackwardPlan& plan,
+                   cudaStream_t stream) {
   const ConvShape& shape = args.problem.shape;
   BackwardParams params{};
   params.walks = plan.walks;
@@ -47,33 +48,54 @@ void launch_variant(const DepthwiseBackwardArgs& args, const BackwardPlan& plan,
   params.grad_input_column_step = shape.dilation_w * args.grad_input_strides.w;
   params.partial = wants_sums(args) ? args.workspace : nullptr;
 
+  constexpr int kTaps = TAPS * TAPS;
   const int lanes = plan.walks.lanes, groups = plan.walks.groups;
   const int shared_elements =
-      std::max(Traits::kTaps * VEC * lanes, block_sum_elements(Traits::kSums, groups, lanes));
-  launch(depthwise_backward_walk<T, VEC, TAPS, STRIDE>, grid_size(plan.walks.blocks()),
-         dim3(plan.walks.threads()), sizeof(Accumulator<T>) * shared_elements, stream, params);
+      std::max(kTaps * VEC * lanes, block_sum_elements((kTaps + 1) * VEC, groups, lanes));
+  launch(KERNEL, grid_size(plan.walks.blocks()), dim3(plan.walks.threads()),
+         sizeof(Accumulator<T>) * shared_elements, stream, params);
 }
 
-// False when the problem's counts do not fit.
+// Cuts the work of KERNEL. False when the problem's counts do not fit.
+template <typename T, int VEC, int TAPS, void (*KERNEL)(BackwardParams)>
+bool plan_kernel(const WalkCost& cost, const Axis& rows, const Axis& columns,
+                 const DepthwiseBackwardArgs& args, BackwardPlan* plan) {
+  const DepthwiseProblem& problem = args.problem;
+  const ConvShape& shape = problem.shape;
+  if (!fits(shape) || !fits(rows, TAPS) || !fits(columns, TAPS) ||
+      !plan_walks(shape.N, rows, columns, shape.K, VEC, problem.channels_last,
+                  problem.multiprocessors, cost, &plan->walks)) {
+    return false;
+  }
+  plan->launch = launch_kernel<T, VEC, TAPS, KERNEL>;
+  plan->workers = plan->walks.workers;
+  return true;
+}
+
 template <typename T, int VEC, int TAPS, int STRIDE>
 bool plan_variant(const DepthwiseBackwardArgs& args, BackwardPlan* plan) {
   using Traits = BackwardTraits<T, VEC, TAPS, STRIDE>;
-  const DepthwiseProblem& problem = args.problem;
-  const ConvShape& shape = problem.shape;
+  const ConvShape& shape = args.problem.shape;
   const Axis rows =
       backward_axis(shape.H, shape.P, STRIDE, shape.pad_top, shape.dilation_h, Traits::kLag);
   const Axis columns =
       backward_axis(shape.W, shape.Q, STRIDE, shape.pad_left, shape.dilation_w, Traits::kLag);
-  constexpr WalkCost kCost{Traits::kMaxThreads, Traits::kMinBlocks,  Traits::kColumns,
-                           Traits::kHaloRows,   /*walk_overhead=*/2, /*block_overhead=*/12};
-  if (!fits(shape) || !fits(rows, TAPS) || !fits(columns, TAPS) ||
-      !plan_walks(shape.N, rows, columns, shape.K, VEC, problem.channels_last,
-                  problem.multiprocessors, kCost, &plan->walks)) {
-    return false;
-  }
-  plan->launch = launch_variant<T, VEC, TAPS, STRIDE>;
-  plan->workers = plan->walks.workers;
-  return true;
+  constexpr WalkCost kCost{Traits::kMaxThreads,  Traits::kMinBlocks, Traits::kColumns,
+                           Traits::kHaloRows,    /*least_rows=*/1,   /*walk_overhead=*/2,
+                           /*block_overhead=*/12};
+  return plan_kernel<T, VEC, TAPS, depthwise_backward_walk<T, VEC, TAPS, STRIDE>>(
+      kCost, rows, columns, args, plan);
+}
+
+template <typename T, int VEC, int TILE>
+bool plan_phases(const DepthwiseBackwardArgs& args, BackwardPlan* plan) {
+  const ConvShape& shape = args.problem.shape;
+  const Axis rows = forward_axis(shape.H, shape.P, 1, shape.pad_top, shape.dilation_h);
+  const Axis columns = forward_axis(shape.W, shape.Q, 1, shape.pad_left, shape.dilation_w);
+  constexpr WalkCost kCost = PhaseTraits<T, VEC, TILE>::cost(
+      PhaseTraits<T, VEC, TILE>::kBackwardBlocks, /*block_overhead=*/12);
+  return plan_kernel<T, VEC, 3, depthwise_backward_phases<T, VEC, TILE>>(kCost, rows, columns, args,
+                                                                         plan);
 }
 
 // The widest vector first, single elements where it does not fit.
@@ -86,6 +108,11 @@ bool plan_widest(const DepthwiseBackwardArgs& args, BackwardPlan* plan) {
         holds_vectors(args.input, args.input_strides, VEC, sizeof(T)) &&
         (args.grad_input == nullptr ||
          holds_vectors(args.grad_input, args.grad_input_strides, VEC, sizeof(T)));
+    if constexpr (has_phases<T>(TAPS, STRIDE)) {
+      const int tile = phase_tile(args.problem.shape);
+      if (vectors && tile == 2) return plan_phases<T, VEC, 2>(args, plan);
+      if (vectors && tile == 3) return plan_phases<T, VEC, 3>(args, plan);
+    }
     if (vectors) return plan_variant<T, VEC, TAPS, STRIDE>(args, plan);
   }
   return plan_variant<T, 1, TAPS, STRIDE>(args, plan);

@@ -78,6 +78,25 @@ struct BackwardParams {
   void* partial;  // [workers, kTaps + 1, K], or nullptr when only grad_input is wanted
 };
 
+// Adds up `sums` [taps + 1, VEC] of the block's threads and writes them to its row of the partial
+// sums. Every thread of the block has to call this.
+template <int VEC, typename Acc, int SUMS>
+__device__ __forceinline__ void store_partial(const BackwardParams& params, const Role& role,
+                                              Acc (&sums)[SUMS], Acc* shared) {
+  const Walks& walks = params.walks;
+  block_sum(sums, shared, role.group, walks.groups, role.lane, walks.lanes);
+  if (role.group > 0 || role.channel >= params.K) return;
+  Acc* const partial = static_cast<Acc*>(params.partial) +
+                       static_cast<int64_t>(role.worker) * (SUMS / VEC) * params.K + role.channel;
+#pragma unroll
+  for (int tap = 0; tap < SUMS / VEC; ++tap) {
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      partial[tap * static_cast<int64_t>(params.K) + v] = sums[tap * VEC + v];
+    }
+  }
+}
+
 template <typename T, int VEC, int TAPS, int STRIDE>
 __global__ void __launch_bounds__(BackwardTraits<T, VEC, TAPS, STRIDE>::kMaxThreads,
                                   BackwardTraits<T, VEC, TAPS, STRIDE>::kMinBlocks)
@@ -90,26 +109,23 @@ __global__ void __launch_bounds__(BackwardTraits<T, VEC, TAPS, STRIDE>::kMaxThre
 
   FASTSEG_DYNAMIC_SHARED(shared);
   const Walks& walks = params.walks;
-  const int group = thread_id_x() / walks.lanes, lane = thread_id_x() - group * walks.lanes;
-  const int block = static_cast<int>(block_id_x());
-  const int worker = block / walks.slabs, slab = block - worker * walks.slabs;
-  const int first_channel = slab * walks.lanes * VEC;
-  const int channel = first_channel + lane * VEC;
+  const Role role = role_of_thread<VEC>(walks);
 
   Acc weights[TAPS][TAPS][VEC];
   load_weights<T, VEC, TAPS>(static_cast<const T*>(params.weight), params.weight_strides,
-                             first_channel, params.K, lane, walks.lanes,
+                             role.first_channel, params.K, role.lane, walks.lanes,
                              reinterpret_cast<Acc*>(shared), weights);
   const T* const grad_output = static_cast<const T*>(params.grad_output) +
-                               channel * params.grad_output_strides.c;  // [N, P, Q]
+                               role.channel * params.grad_output_strides.c;  // [N, P, Q]
   const T* const input =
-      static_cast<const T*>(params.input) + channel * params.input_strides.c;  // [N, H, W]
-  T* const grad_input = static_cast<T*>(params.grad_input) + channel * params.grad_input_strides.c;
+      static_cast<const T*>(params.input) + role.channel * params.input_strides.c;  // [N, H, W]
+  T* const grad_input =
+      static_cast<T*>(params.grad_input) + role.channel * params.grad_input_strides.c;
 
   Acc sums[Traits::kSums] = {};  // [kTaps + 1, VEC]
 
-  const int items = channel < params.K ? walks.items : 0;
-  for (int item = worker * walks.groups + group; item < items;
+  const int items = role.channel < params.K ? walks.items : 0;
+  for (int item = role.worker * walks.groups + role.group; item < items;
        item += walks.workers * walks.groups) {
     const Walk walk = locate_walk(walks, kColumns, item);
     const int rows = walk.row_last - walk.row_first;
@@ -259,16 +275,7 @@ __global__ void __launch_bounds__(BackwardTraits<T, VEC, TAPS, STRIDE>::kMaxThre
   }
 
   if (params.partial == nullptr) return;
-  block_sum(sums, reinterpret_cast<Acc*>(shared), group, walks.groups, lane, walks.lanes);
-  if (group > 0 || channel >= params.K) return;
-  Acc* partial = static_cast<Acc*>(params.partial) +
-                 static_cast<int64_t>(worker) * (kTaps + 1) * params.K + channel;
-#pragma unroll
-  for (int tap = 0; tap <= kTaps; ++tap) {
-#pragma unroll
-    for (int v = 0; v < VEC; ++v)
-      partial[tap * static_cast<int64_t>(params.K) + v] = sums[tap * VEC + v];
-  }
+  store_partial<VEC>(params, role, sums, reinterpret_cast<Acc*>(shared));
 }
 
 // ---- The second stage of the sums ----

@@ -1,26 +1,27 @@
-// Launches the forward kernels: a walk where there is one for the problem, else the generic kernel.
+// Launches the forward kernels: whole phases where they are short, walks where there are some for
+// the problem, else the generic kernel.
 #include "csrc/depthwise/depthwise_forward.cuh"
+#include "csrc/depthwise/depthwise_forward_phases.cuh"
 #include "csrc/depthwise/depthwise_generic.cuh"
 
 namespace fastseg {
 namespace depthwise {
 namespace {
 
-// False when the problem's counts do not fit.
-template <typename T, int VEC, int TAPS, int STRIDE>
-bool launch_variant(const DepthwiseForwardArgs& args, cudaStream_t stream) {
-  using Traits = ForwardTraits<T, VEC, TAPS, STRIDE>;
+// Cuts the work of `kernel` and launches it. False when the problem's counts do not fit.
+template <typename T, int VEC, int TAPS>
+bool launch_kernel(void (*kernel)(ForwardParams), const WalkCost& cost,
+                   const DepthwiseForwardArgs& args, cudaStream_t stream) {
   const DepthwiseProblem& problem = args.problem;
   const ConvShape& shape = problem.shape;
-  const Axis rows = forward_axis(shape.H, shape.P, STRIDE, shape.pad_top, shape.dilation_h);
-  const Axis columns = forward_axis(shape.W, shape.Q, STRIDE, shape.pad_left, shape.dilation_w);
-  constexpr WalkCost kCost{Traits::kMaxThreads, Traits::kMinBlocks,  Traits::kColumns,
-                           Traits::kHaloRows,   /*walk_overhead=*/2, /*block_overhead=*/4};
+  const Axis rows = forward_axis(shape.H, shape.P, shape.stride_h, shape.pad_top, shape.dilation_h);
+  const Axis columns =
+      forward_axis(shape.W, shape.Q, shape.stride_w, shape.pad_left, shape.dilation_w);
 
   ForwardParams params{};
   if (!fits(shape) || !fits(rows, TAPS) || !fits(columns, TAPS) ||
       !plan_walks(shape.N, rows, columns, shape.K, VEC, problem.channels_last,
-                  problem.multiprocessors, kCost, &params.walks)) {
+                  problem.multiprocessors, cost, &params.walks)) {
     return false;
   }
   params.H = to_int(shape.H), params.W = to_int(shape.W);
@@ -44,10 +45,27 @@ bool launch_variant(const DepthwiseForwardArgs& args, cudaStream_t stream) {
   params.output_column_step = shape.dilation_w * args.output_strides.w;
 
   const size_t shared_bytes =
-      sizeof(Accumulator<T>) * Traits::kTaps * VEC * static_cast<size_t>(params.walks.lanes);
-  launch(depthwise_forward_walk<T, VEC, TAPS, STRIDE>, grid_size(params.walks.blocks()),
-         dim3(params.walks.threads()), shared_bytes, stream, params);
+      sizeof(Accumulator<T>) * TAPS * TAPS * VEC * static_cast<size_t>(params.walks.lanes);
+  launch(kernel, grid_size(params.walks.blocks()), dim3(params.walks.threads()), shared_bytes,
+         stream, params);
   return true;
+}
+
+template <typename T, int VEC, int TAPS, int STRIDE>
+bool launch_variant(const DepthwiseForwardArgs& args, cudaStream_t stream) {
+  using Traits = ForwardTraits<T, VEC, TAPS, STRIDE>;
+  constexpr WalkCost kCost{Traits::kMaxThreads, Traits::kMinBlocks, Traits::kColumns,
+                           Traits::kHaloRows,   /*least_rows=*/1,   /*walk_overhead=*/2,
+                           /*block_overhead=*/4};
+  return launch_kernel<T, VEC, TAPS>(depthwise_forward_walk<T, VEC, TAPS, STRIDE>, kCost, args,
+                                     stream);
+}
+
+template <typename T, int VEC, int TILE>
+bool launch_phases(const DepthwiseForwardArgs& args, cudaStream_t stream) {
+  constexpr WalkCost kCost = PhaseTraits<T, VEC, TILE>::cost(
+      PhaseTraits<T, VEC, TILE>::kForwardBlocks, /*block_overhead=*/4);
+  return launch_kernel<T, VEC, 3>(depthwise_forward_phases<T, VEC, TILE>, kCost, args, stream);
 }
 
 // The widest vector first, single elements where it does not fit.
@@ -59,6 +77,11 @@ bool launch_widest(const DepthwiseForwardArgs& args, cudaStream_t stream) {
                          holds_vectors(args.input, args.input_strides, VEC, sizeof(T)) &&
                          holds_vectors(args.output, args.output_strides, VEC, sizeof(T)) &&
                          is_aligned(args.bias, VEC * sizeof(T));
+    if constexpr (has_phases<T>(TAPS, STRIDE)) {
+      const int tile = phase_tile(shape);
+      if (vectors && tile == 2) return launch_phases<T, VEC, 2>(args, stream);
+      if (vectors && tile == 3) return launch_phases<T, VEC, 3>(args, stream);
+    }
     if (vectors) return launch_variant<T, VEC, TAPS, STRIDE>(args, stream);
   }
   return launch_variant<T, 1, TAPS, STRIDE>(args, stream);

@@ -64,27 +64,24 @@ __global__ void __launch_bounds__(ForwardTraits<T, VEC, TAPS, STRIDE>::kMaxThrea
 
   FASTSEG_DYNAMIC_SHARED(shared);
   const Walks& walks = params.walks;
-  const int group = thread_id_x() / walks.lanes, lane = thread_id_x() - group * walks.lanes;
-  const int block = static_cast<int>(block_id_x());
-  const int worker = block / walks.slabs, slab = block - worker * walks.slabs;
-  const int first_channel = slab * walks.lanes * VEC;
-  const int channel = first_channel + lane * VEC;
+  const Role role = role_of_thread<VEC>(walks);
 
   Acc weights[TAPS][TAPS][VEC];
   load_weights<T, VEC, TAPS>(static_cast<const T*>(params.weight), params.weight_strides,
-                             first_channel, params.K, lane, walks.lanes,
+                             role.first_channel, params.K, role.lane, walks.lanes,
                              reinterpret_cast<Acc*>(shared), weights);
-  if (channel >= params.K) return;
+  if (role.channel >= params.K) return;
   Acc bias[VEC] = {};
   if (params.bias != nullptr) {
-    widen(load_pack<T, VEC>(static_cast<const T*>(params.bias) + channel), bias);
+    widen(load_pack<T, VEC>(static_cast<const T*>(params.bias) + role.channel), bias);
   }
-  const T* const input = static_cast<const T*>(params.input) +
-                         params.multiplier.quotient(channel) * params.input_strides.c;  // [N, H, W]
+  const T* const input =
+      static_cast<const T*>(params.input) +
+      params.multiplier.quotient(role.channel) * params.input_strides.c;  // [N, H, W]
   T* const output =
-      static_cast<T*>(params.output) + channel * params.output_strides.c;  // [N, P, Q]
+      static_cast<T*>(params.output) + role.channel * params.output_strides.c;  // [N, P, Q]
 
-  for (int item = worker * walks.groups + group; item < walks.items;
+  for (int item = role.worker * walks.groups + role.group; item < walks.items;
        item += walks.workers * walks.groups) {
     const Walk walk = locate_walk(walks, kColumns, item);
     const int p0 = walk.row_phase + walk.row_first * params.dilation_h;

@@ -60,6 +60,20 @@ constexpr Axis backward_axis(int64_t inputs, int64_t outputs, int64_t stride, in
   return axis;
 }
 
+// ---- Short phases ----
+
+// The TILE of the kernels for short phases (depthwise_phases.cuh) that takes a problem, 0 if none
+// does. With "same" padding of a 3x3 filter output u reads the inputs u - 1, u and u + 1 of its own
+// phase and nothing else; a tile holds a phase where those are few, rows as well as columns.
+constexpr int phase_tile(const ConvShape& shape) {
+  const bool same = shape.R == 3 && shape.S == 3 && shape.stride_h == 1 && shape.stride_w == 1 &&
+                    shape.pad_top == shape.dilation_h && shape.pad_left == shape.dilation_w &&
+                    shape.P == shape.H && shape.Q == shape.W && shape.C == shape.K;
+  const int64_t longest =
+      std::max(ceil_div(shape.H, shape.dilation_h), ceil_div(shape.W, shape.dilation_w));
+  return !same || longest > 3 ? 0 : longest == 3 ? 3 : 2;
+}
+
 // ---- Vectors ----
 
 inline bool is_aligned(const void* pointer, int64_t bytes) {
@@ -98,6 +112,7 @@ struct WalkCost {
   int resident_blocks;  // of one multiprocessor
   int columns;          // of a tile
   int halo_rows;        // read beyond those a walk owns
+  int least_rows;       // of a walk, unless its phase has fewer
   int walk_overhead;    // index arithmetic and the first loads' latency, in rows
   int block_overhead;   // loading weights, adding up sums, in rows
 };
@@ -142,6 +157,7 @@ inline bool plan_walks(int64_t images, const Axis& rows, const Axis& columns, in
 
   int64_t best = std::numeric_limits<int64_t>::max();
   for (const int64_t longest : {64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1}) {
+    if (longest < cost.least_rows) break;
     const int64_t chunks = ceil_div(rows.length(), longest);
     const int64_t length = ceil_div(rows.length(), chunks);
     if (strips >= kMaxCount / chunks) break;

@@ -183,6 +183,7 @@ struct ProductTraits : TILE {
   static constexpr bool kATurned = A_TURNED, kBTurned = B_TURNED;
   static constexpr int kVector = A::kVector;
   static constexpr int kDepth = A::kDepth;
+  static constexpr int kChain = kDepth;  // floats that are added up in one chain
   static constexpr int kStageElements = A::kElements + B::kElements;
   static constexpr int kStageBytes = kStageElements * static_cast<int>(sizeof(T));
   static constexpr int kPipelineBytes = TILE::kStages * kStageBytes;
@@ -318,10 +319,10 @@ struct alignas(2 * sizeof(T)) Pair {
   T value[2];
 };
 
-// The same sums, in the same registers, one product after the other.
+// The same sums, in the same registers, one product after the other, between two depths of a slice.
 template <typename Traits>
 __device__ __forceinline__ void multiply_one_by_one(const typename Traits::T* a,
-                                                    const typename Traits::T* b,
+                                                    const typename Traits::T* b, int begin, int end,
                                                     Accumulators<Traits>& sums) {
   using T = typename Traits::T;
   using A = typename Traits::A;
@@ -334,7 +335,7 @@ __device__ __forceinline__ void multiply_one_by_one(const typename Traits::T* a,
   const int first_column = warp_column<Traits>() + Unit::d_column(lane, 0);
 
 #pragma unroll 2
-  for (int depth = 0; depth < Traits::kDepth; depth += 2) {
+  for (int depth = begin; depth < end; depth += 2) {
     T rows[kRows][2], columns[kColumns][2];  // [.., depth]
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -374,6 +375,33 @@ __device__ __forceinline__ void multiply_one_by_one(const typename Traits::T* a,
   }
 }
 
+// sums += A slice times B slice.
+template <typename Traits>
+__device__ __forceinline__ void multiply_slice(const typename Traits::T* a,
+                                               const typename Traits::T* b,
+                                               Accumulators<Traits>& sums) {
+  if constexpr (kOnTensorCores<typename Traits::Operand>) {
+    multiply_on_tensor_cores<Traits>(a, b, sums);
+  } else if constexpr (std::is_same_v<typename Traits::T, double>) {
+    multiply_one_by_one<Traits>(a, b, 0, Traits::kDepth, sums);
+  } else {
+    // A float loses what it is too large for: added up chain by chain, it is large less often.
+#pragma unroll 1
+    for (int begin = 0; begin < Traits::kDepth; begin += Traits::kChain) {
+      Accumulators<Traits> chain = {};
+      multiply_one_by_one<Traits>(a, b, begin, begin + Traits::kChain, chain);
+#pragma unroll
+      for (int m = 0; m < Traits::kUnitRows; ++m) {
+#pragma unroll
+        for (int n = 0; n < Traits::kUnitColumns; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[m][n].reg[i] += chain[m][n].reg[i];
+        }
+      }
+    }
+  }
+}
+
 // The depth of a tile, slice after slice. fill(a, b) copies the next slice of both operands; it is
 // called `slices` times. Afterwards shared memory is free. Every thread of the block has to call
 // this.
@@ -401,23 +429,7 @@ __device__ __forceinline__ void multiply_slices(int slices, typename Traits::T* 
 
     const T* const a = shared + stage * Traits::kStageElements;  // [rows, depth]
     const T* const b = a + Traits::A::kElements;                 // [depth, columns]
-    if constexpr (kOnTensorCores<typename Traits::Operand>) {
-      multiply_on_tensor_cores<Traits>(a, b, sums);
-    } else if constexpr (std::is_same_v<T, double>) {
-      multiply_one_by_one<Traits>(a, b, sums);
-    } else {
-      // A float loses what it is too large for: added up slice by slice, it is large less often.
-      Accumulators<Traits> slice_sums = {};
-      multiply_one_by_one<Traits>(a, b, slice_sums);
-#pragma unroll
-      for (int m = 0; m < Traits::kUnitRows; ++m) {
-#pragma unroll
-        for (int n = 0; n < Traits::kUnitColumns; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[m][n].reg[i] += slice_sums[m][n].reg[i];
-        }
-      }
-    }
+    multiply_slice<Traits>(a, b, sums);
   }
   cp_async_wait<0>();
   __syncthreads();

@@ -81,6 +81,7 @@ struct GradWeightTraits : ProductTraits<OPERAND, TILE, true, true> {
   using Base = ProductTraits<OPERAND, TILE, true, true>;
 
   static constexpr bool kAVectors = A_VECTORS, kBVectors = B_VECTORS;
+  static constexpr int kChain = Base::kDepth / 2;  // cuDNN's gradients of weights are as accurate
   // Neighbouring lines, that is pixels, of which a thread copies one chunk each, of A and of B.
   static constexpr int kLines = Base::A::kLines * Base::A::kChunks / TILE::kThreads;
   static constexpr int kSharedBytes = Base::kPipelineBytes + static_cast<int>(sizeof(SplitTile));

@@ -7,30 +7,6 @@
 namespace fastseg {
 namespace separable {
 
-// sums += A slice times B slice.
-template <typename Traits>
-__device__ __forceinline__ void multiply_slice(const typename Traits::T* a,
-                                               const typename Traits::T* b,
-                                               Accumulators<Traits>& sums) {
-  if constexpr (dilated::kOnTensorCores<typename Traits::Operand>) {
-    dilated::multiply_on_tensor_cores<Traits>(a, b, sums);
-  } else if constexpr (std::is_same_v<typename Traits::T, double>) {
-    dilated::multiply_one_by_one<Traits>(a, b, sums);
-  } else {
-    // A float loses what it is too large for: added up slice by slice, it is large less often.
-    Accumulators<Traits> slice_sums = {};
-    dilated::multiply_one_by_one<Traits>(a, b, slice_sums);
-#pragma unroll
-    for (int m = 0; m < Traits::kUnitRows; ++m) {
-#pragma unroll
-      for (int n = 0; n < Traits::kUnitColumns; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[m][n].reg[i] += slice_sums[m][n].reg[i];
-      }
-    }
-  }
-}
-
 // ---- Results ----
 
 template <typename Traits>
@@ -294,8 +270,8 @@ __global__ void __launch_bounds__(Traits::kThreads, dilated::min_blocks<Traits>(
       if ((turn == 0) == makes_first) {
         if (slice + 1 < slices) make(slice + 1);
       } else if (slice >= 0) {
-        multiply_slice<Traits>(z_slices + slice % 2 * A::kElements,
-                               weight_slices + multiplied * B::kElements, sums);
+        dilated::multiply_slice<Traits>(z_slices + slice % 2 * A::kElements,
+                                        weight_slices + multiplied * B::kElements, sums);
         multiplied = multiplied + 1 < kStages ? multiplied + 1 : 0;
       }
     }

@@ -11,7 +11,9 @@ is one. Registers differ between compilers, so a row belongs to one version of T
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import io
 import itertools
 import os
 import re
@@ -95,7 +97,17 @@ def compile_launch(kernel, arguments: dict, target: int):
     bound, specialization, options = bind(**arguments)
     options, signature, constants, attributes = kernel._pack_args(backend, arguments, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=gpu, options=options.__dict__)
+    with (
+        triton.knobs.nvidia.scope(),
+        triton.knobs.compilation.scope(),
+        contextlib.redirect_stdout(io.StringIO()) as log,
+    ):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True  # what is in Triton's cache has no log
+        compiled = triton.compile(source, target=gpu, options=options.__dict__)
+    if "wgmma.mma_async instructions are serialized" in log.getvalue():
+        raise RuntimeError(f"ptxas lets the tensor core's products wait for each other:\n{log.getvalue()}")
+    return compiled
 
 
 def lost_values(early: str, late: str) -> list[str]:
@@ -132,12 +144,19 @@ def triton_rows(case: Case, target: int) -> Table:
 
 
 def cubin_resources(cubin: Path) -> dict[str, Resources]:
-    """What cuobjdump (Triton's wheel brings one) reports of each kernel, by its name as the linker knows it."""
+    """What each kernel takes, by its name as the linker knows it."""
+    return _resources(_report(cubin))
+
+
+def _report(binary: Path) -> str:
+    """What cuobjdump (Triton's wheel brings one) says of the kernels in a file."""
     from triton import knobs
 
-    report = subprocess.run(
-        [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(report: str) -> dict[str, Resources]:
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", report)
     return {name: Resources(*map(int, numbers)) for name, *numbers in found}
 
@@ -154,6 +173,28 @@ def nvcc_compiler() -> str | None:
     return f"nvcc {re.search(r'V([0-9.]+)', version).group(1)}"
 
 
+def built_rows() -> Table | None:
+    """The rows of the CUDA C++ kernels in the extension, where it was built from these sources, else None.
+
+    Compiling them once more would take most of the time that the table takes.
+    """
+    from csrc.cuda_toolkit import find_toolkit
+    from csrc.sources import digest_of_sources
+    from fastseg import extension
+
+    if extension.EXTENSION is None or extension.BUILD.get("kernels") != digest_of_sources():
+        return None
+    toolkit = find_toolkit()
+    if toolkit is None or extension.BUILD["cuda"] != toolkit.version:
+        return None
+    rows = {}
+    for cubin in _report(Path(extension.EXTENSION.__file__)).split("Fatbin elf code:")[1:]:
+        if resources := _resources(cubin):
+            source, target = (re.search(rf"{field} = (\S+)", cubin).group(1) for field in ("identifier", "arch"))
+            rows |= _nvcc_table(resources, Path(source), target)
+    return rows if {key.target for key in rows} == set(NVCC_TARGETS) else None
+
+
 def nvcc_rows(source: Path, target: str) -> Table:
     """The rows of one .cu file: one for each kernel it instantiates. Runs in a worker process."""
     from csrc.cuda_toolkit import find_toolkit
@@ -164,9 +205,12 @@ def nvcc_rows(source: Path, target: str) -> Table:
         cubin = Path(folder) / "kernels.cubin"
         command = [toolkit.nvcc, "-cubin", f"-arch={target}", "-O3", "-std=c++17", "--expt-relaxed-constexpr"]
         subprocess.run([*command, *includes, "-o", cubin, source], check=True)
-        resources = cubin_resources(cubin)
+        return _nvcc_table(cubin_resources(cubin), source, target)
+
+
+def _nvcc_table(resources: dict[str, Resources], source: Path, target: str) -> Table:
     compiler = nvcc_compiler()
-    names = [f"{name} [{source.relative_to(ROOT)}]" for name in demangled(resources)]
+    names = [f"{name} [{Path(*source.parts[-3:])}]" for name in demangled(resources)]
     return {Key(compiler, target, name): row for name, row in zip(names, resources.values(), strict=True)}
 
 
@@ -184,11 +228,11 @@ def cuda_sources() -> list[Path]:
     return sorted(ROOT.glob("csrc/*/*.cu"))
 
 
-def jobs() -> Iterator[tuple]:
+def jobs(without_nvcc: bool) -> Iterator[tuple]:
     """(function, *arguments) of every piece of work; each returns rows."""
     for target in TRITON_TARGETS:
         yield from ((triton_rows, case, target) for cases in TRITON_CASES for case in cases(target))
-    if cuda_sources() and nvcc_compiler() is not None:
+    if cuda_sources() and not without_nvcc and nvcc_compiler() is not None:
         yield from ((nvcc_rows, source, target) for source, target in itertools.product(cuda_sources(), NVCC_TARGETS))
 
 
@@ -202,9 +246,9 @@ def compile_everything(workers: int | None = None) -> Table:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled")
     workers = workers or os.cpu_count() or 1
-    table = {}
+    table = built_rows() or {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(_run, list(jobs())):
+        for rows in pool.map(_run, list(jobs(without_nvcc=bool(table)))):
             table |= rows
     return table
 

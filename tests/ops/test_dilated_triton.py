@@ -16,6 +16,7 @@ from fastseg.ops.dilated.triton_plan import (
     GRAD_BOX_CONFIGS,
     IEEE_CONFIGS,
     NARROW_CONFIGS,
+    SHARED,
     WIDE_CONFIGS,
     BoxConfig,
     Config,
@@ -153,6 +154,41 @@ def test_splits_of_a_product(config, splits, bias, device):
         own = images[image] if bias == "of each image" else given
         wanted = expected_conv(x[image : image + 1], weight, own, *ROWS_D2, "relu").output
         assert_within(y[image : image + 1], wanted, f"image {image}")
+
+
+# With one program each finishes what it begins; with many, several add up the sum of one tile.
+@pytest.mark.parametrize("programs", [1, 3, 20] if SLOW_RUNG else [1, 2, 3, 7, 20, 132])
+@pytest.mark.parametrize("bias", ["none", "one", "of each image"])
+def test_products_whose_work_is_shared(bias, programs, device, launched, monkeypatch, poison):
+    """Shares begin and end inside tiles, of which each has rectangles of two and of three taps."""
+    limits = operator.device_limits(torch.device(device))._replace(multiprocessors=programs)
+    monkeypatch.setattr(operator, "device_limits", lambda _: limits)
+    x, weight, vector = tensors(device, torch.float16, images=2, channels=40, outputs=24, kernel=(3, 1))
+    images = random_tensor((2, 24), torch.float16, seed=5, device=device)
+    given = {"none": None, "one": vector, "of each image": images}[bias]
+    grad_output = random_tensor((2, 24, 5, 6), torch.float16, seed=9, device=device)
+    with operator.forced_config(Config(16, 16, 16, 1, 3), SHARED):
+        y = operator.forward(x, weight, given, *ROWS_D2, "relu")
+        assert torch.equal(y, operator.forward(x, weight, given, *ROWS_D2, "relu"))
+        grad_input = operator.backward(grad_output, x, weight, *ROWS_D2, (True, False, False))[0]
+    assert all(kernel is operator.dilated_product_shared for kernel, _ in launched)
+    assert all(len(arguments["p_ready"]) <= programs for _, arguments in launched)
+    assert_within(grad_input, expected_conv(x, weight, None, *ROWS_D2, "none", grad_output).grad_input, "grad_input")
+    for image in range(2):
+        own = images[image] if bias == "of each image" else given
+        wanted = expected_conv(x[image : image + 1], weight, own, *ROWS_D2, "relu").output
+        assert_within(y[image : image + 1], wanted, f"image {image}")
+
+
+def test_shared_work_of_nine_rectangles_is_exact(device, monkeypatch):
+    """Small integers: whoever adds up what, not a bit differs."""
+    limits = operator.device_limits(torch.device(device))._replace(multiprocessors=5)
+    monkeypatch.setattr(operator, "device_limits", lambda _: limits)
+    x, weight, _ = tensors(device, torch.float16, 2, 24, 40, (7, 9), maker=integer_tensor)
+    geometry = ([1, 1], [3] * 4, [3, 3])
+    with operator.forced_config(Config(16, 16, 16, 1, 3), SHARED):
+        y = operator.forward(x, weight, None, *geometry, "none")
+    assert torch.equal(y, reference.forward(x, weight, None, *geometry, "none"))
 
 
 GRAD_BOXES = [

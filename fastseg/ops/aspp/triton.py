@@ -152,8 +152,9 @@ def aspp_product(
         acc = add_taps(
             acc, p_source + (i_sh * s_sh + i_sw * s_sw + i_source_channel), p_weight + i_weight_tap * C,
             o_source, o_column, n_depth, n_columns,
-            n_r, n_s, jump_sh * s_sh, jump_sw * s_sw, jump_r * C, jump_s * C, s_wk, 0, 1,
-            BLOCK_D, GROUP_SOURCE, GROUP_WEIGHT, PRECISION, IS_GRAD_INPUT, IS_DEPTH_WHOLE, IS_INDEX_64, False,
+            n_r, n_s, jump_sh * s_sh, jump_sw * s_sw, jump_r * C, jump_s * C, s_wk,
+            0, n_r * n_s * tl.cdiv(n_depth, BLOCK_D),
+            BLOCK_D, GROUP_SOURCE, GROUP_WEIGHT, PRECISION, IS_GRAD_INPUT, IS_DEPTH_WHOLE, IS_INDEX_64, False, True,
         )  # fmt: skip
 
     if HAS_SCALE:

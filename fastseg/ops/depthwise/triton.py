@@ -100,6 +100,15 @@ def walk_index(i_walk, n_blocks, n_phases, n_tiles, IS_INDEX_64: tl.constexpr):
     return i_block, i_phase, i_tile, i_n.to(tl.int64)
 
 
+@triton.jit
+def add_tiles(b_left, b_right):
+    """The sums of two tuples, element by element."""
+    b_sums = ()
+    for i in tl.static_range(len(b_left)):
+        b_sums = b_sums + (b_left[i] + b_right[i],)
+    return b_sums
+
+
 # fmt: off
 @triton.heuristics({"HAS_BIAS": lambda args: args["p_bias"] is not None})
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -115,7 +124,7 @@ def depthwise_forward(
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     JUMP: tl.constexpr,  # input rows of the phase from one output row of the walk to the next
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, UNROLL_S: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr, UNROLL_S: tl.constexpr, BY_COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHANNELS_LAST: tl.constexpr, IS_INDEX_64: tl.constexpr,
 ):
     # fmt: on
@@ -133,7 +142,8 @@ def depthwise_forward(
     p_x += i_n * s_xn
     p_y += i_n * s_yn
 
-    acc = (tl.zeros_like(o_q + o_k).to(tl.float32),) * BLOCK_P  # BLOCK_P x [tile]
+    b_zeros = (tl.zeros_like(o_q + o_k).to(tl.float32),) * BLOCK_P  # BLOCK_P x [tile]
+    acc = b_zeros
     for i_r in tl.range(0, R, BLOCK_R):
         for i_s in tl.range(0, S, loop_unroll_factor=UNROLL_S):
             o_w = input_index(o_q, i_s, STRIDE_W, pad_w, dilation_w)
@@ -144,6 +154,7 @@ def depthwise_forward(
                 p_tap = p_taps + ((i_r + r) * S + i_s) * K
                 b_taps = b_taps + (load_tile(p_tap, o_k, m_k & (i_r + r < R), GROUP),)
 
+            sums = b_zeros if BY_COLUMNS else acc
             for j in tl.static_range((BLOCK_P - 1) * JUMP + BLOCK_R):
                 i_h = input_index(i_p, i_r + j, STRIDE_H, pad_h, dilation_h)
                 m_x = m_w & is_inside(i_h, H, IS_INDEX_64)
@@ -152,10 +163,11 @@ def depthwise_forward(
                 for i in tl.static_range(BLOCK_P):
                     if j - i * JUMP >= 0 and j - i * JUMP < BLOCK_R:
                         m_tap = m_x & (i_r + j - i * JUMP < R)
-                        rows = rows + (tl.where(m_tap, acc[i] + b_x * b_taps[j - i * JUMP], acc[i]),)
+                        rows = rows + (tl.where(m_tap, sums[i] + b_x * b_taps[j - i * JUMP], sums[i]),)
                     else:
-                        rows = rows + (acc[i],)
-                acc = rows
+                        rows = rows + (sums[i],)
+                sums = rows
+            acc = add_tiles(acc, sums) if BY_COLUMNS else sums
 
     if HAS_BIAS:
         b_bias = load_tile(p_bias, o_k, m_k, 1)  # [channels of the tile]; a slice may lie at any address
@@ -180,7 +192,7 @@ def depthwise_grad_input(
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     STEP_R: tl.constexpr, STEP_S: tl.constexpr,  # from one live tap to the next
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr, UNROLL_S: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr, UNROLL_S: tl.constexpr, BY_COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     IS_CHANNELS_LAST: tl.constexpr, IS_INDEX_64: tl.constexpr,
 ):
     # fmt: on
@@ -207,7 +219,8 @@ def depthwise_grad_input(
     i_first_p = output_index(i_h, i_first_r, STRIDE_H, pad_h, dilation_h)
     i_row_step = dilation_h * STEP_R // STRIDE_H  # output rows from one live tap to the next
 
-    acc = (tl.zeros_like(o_w + o_c).to(tl.float32),) * BLOCK_P  # BLOCK_P x [tile]
+    b_zeros = (tl.zeros_like(o_w + o_c).to(tl.float32),) * BLOCK_P  # BLOCK_P x [tile]
+    acc = b_zeros
     for i_m in range(multiplier):
         o_k = o_c * multiplier + i_m
         for i_r in tl.range(0, LIVE_R, BLOCK_R):
@@ -222,6 +235,7 @@ def depthwise_grad_input(
                     p_tap = p_taps + (i_tap * S + i_s) * K
                     b_taps = b_taps + (load_tile(p_tap, o_k, m_c & (i_tap < R) & (i_s < S), GROUP),)
 
+                sums = b_zeros if BY_COLUMNS else acc
                 for j in tl.static_range(BLOCK_P - 1 + BLOCK_R):
                     i_p = i_first_p + (j - LAST_R - i_r) * i_row_step
                     m_gy = m_q & is_inside(i_p, P, IS_INDEX_64)
@@ -230,10 +244,11 @@ def depthwise_grad_input(
                     for i in tl.static_range(BLOCK_P):
                         if LAST_R + i - j >= 0 and LAST_R + i - j < BLOCK_R:
                             m_tap = m_gy & (i_first_r + (i_r + LAST_R + i - j) * STEP_R < R)
-                            rows = rows + (tl.where(m_tap, acc[i] + b_gy * b_taps[LAST_R + i - j], acc[i]),)
+                            rows = rows + (tl.where(m_tap, sums[i] + b_gy * b_taps[LAST_R + i - j], sums[i]),)
                         else:
-                            rows = rows + (acc[i],)
-                    acc = rows
+                            rows = rows + (sums[i],)
+                    sums = rows
+                acc = add_tiles(acc, sums) if BY_COLUMNS else sums
 
     for i in tl.static_range(BLOCK_P):
         i_gx = i_h + i * n_phases
@@ -381,7 +396,7 @@ def forward(input, weight, bias, stride, padding, dilation, activation):
             return output
         memory_format = conv_memory_format(input, weight)
         x = coalesced(input, memory_format)
-        plan = plan_forward(shape, _layout(shape, memory_format, x, output), _forced)
+        plan = plan_forward(shape, _layout(shape, memory_format, x, output), x.element_size(), _forced)
         launch(
             depthwise_forward,
             plan.programs,
@@ -426,7 +441,7 @@ def backward(grad_output, input, weight, stride, padding, dilation, output_mask)
 
 
 def _launch_grad_input(shape: ConvShape, gy, weight, grad_input, memory_format) -> None:
-    plan = plan_grad_input(shape, _layout(shape, memory_format, gy, grad_input), _forced)
+    plan = plan_grad_input(shape, _layout(shape, memory_format, gy, grad_input), gy.element_size(), _forced)
     launch(
         depthwise_grad_input,
         plan.programs,

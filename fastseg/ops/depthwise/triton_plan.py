@@ -48,6 +48,9 @@ CONFIGS = (
 
 MAX_BLOCK_R = 8  # filter rows held at once; taller filters take several turns
 MAX_UNROLLED_S = 3  # wider filters loop over their columns
+MAX_CHAIN = (
+    25  # taps of fp32 that are added up in one chain; more are a sum of filter columns, as accurate as PyTorch's
+)
 # Elements that a thread may hold at once, without and with spills in sight: sums, and weights or output gradients. They
 # are fewer where each element takes an address and a predicate of its own (GROUP == 1).
 MAX_HELD = {"grouped": 100, "single": 72}
@@ -124,21 +127,23 @@ def choose_config(walks: Walks, channels: int, layout: Layout, loads, held, max_
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_forward(shape: ConvShape, layout: Layout, forced: Config | None) -> Plan:
+def plan_forward(shape: ConvShape, layout: Layout, itemsize: int, forced: Config | None) -> Plan:
     """The launch of depthwise_forward; `forced` replaces the choice."""
     walks, jump = _output_walks(shape), _jump(shape)
     block_r = _balanced_block(shape.R, MAX_BLOCK_R)
+    by_columns = itemsize == 4 and shape.R * shape.S > MAX_CHAIN
     config = forced or choose_config(
         walks,
         shape.K,
         layout,
         loads=lambda c: ((c.BLOCK_P - 1) * jump + shape.R) * shape.S,
-        held=lambda c: c.BLOCK_P + block_r,
+        held=lambda c: (1 + by_columns) * c.BLOCK_P + block_r,
         max_held=MAX_HELD,
     )
     arguments = {
         "JUMP": jump,
         "BLOCK_R": block_r,
+        "BY_COLUMNS": by_columns,
         "UNROLL_S": _unroll(shape.S),
         **_shared_arguments(shape, layout, walks, config),
         **(NO_SPILLS if shape.R > MAX_BLOCK_R else {}),
@@ -147,19 +152,20 @@ def plan_forward(shape: ConvShape, layout: Layout, forced: Config | None) -> Pla
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_input(shape: ConvShape, layout: Layout, forced: Config | None) -> Plan:
+def plan_grad_input(shape: ConvShape, layout: Layout, itemsize: int, forced: Config | None) -> Plan:
     """The launch of depthwise_grad_input; `forced` replaces the choice."""
     walks = _input_walks(shape)
     step_r = shape.stride_h // math.gcd(shape.stride_h, shape.dilation_h)
     step_s = shape.stride_w // math.gcd(shape.stride_w, shape.dilation_w)
     live_r, live_s = cdiv(shape.R, step_r), cdiv(shape.S, step_s)
     block_r = _balanced_block(live_r, MAX_BLOCK_R)
+    by_columns = itemsize == 4 and live_r * live_s > MAX_CHAIN
     config = forced or choose_config(
         walks,
         shape.C,
         layout,
         loads=lambda c: (c.BLOCK_P - 1 + live_r) * live_s,
-        held=lambda c: c.BLOCK_P + block_r,
+        held=lambda c: (1 + by_columns) * c.BLOCK_P + block_r,
         max_held=MAX_HELD,
     )
     arguments = {
@@ -167,6 +173,7 @@ def plan_grad_input(shape: ConvShape, layout: Layout, forced: Config | None) -> 
         "STEP_R": step_r,
         "STEP_S": step_s,
         "BLOCK_R": block_r,
+        "BY_COLUMNS": by_columns,
         "UNROLL_S": _unroll(live_s),
         **_shared_arguments(shape, layout, walks, config),
         **(NO_SPILLS if live_r > MAX_BLOCK_R else {}),

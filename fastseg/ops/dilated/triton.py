@@ -55,6 +55,8 @@ from fastseg.ops.dilated.triton_plan import (
     MAX_REDUCE_SPLITS,
     NARROW_CONFIGS,
     REDUCE_BLOCK,
+    SHARED,
+    SHARED_CONFIG,
     WIDE_CONFIGS,
     BoxConfig,
     Config,
@@ -74,6 +76,7 @@ from fastseg.ops.dilated.triton_product import (
     dilated_product_finish,
     outer_spacing,
 )
+from fastseg.ops.dilated.triton_shared import dilated_product_shared
 from fastseg.ops.geometry import empty_gradients, empty_output
 from fastseg.ops.triton_common import (
     MAX_INT32,
@@ -201,7 +204,7 @@ def _launch_product(
     has_image_bias = bias is not None and bias.dim() == 2
     plan = plan_product(
         targets, shape, tuple(padding), source.element_size(), layout, describable, limits, forced, forced_splits,
-        has_image_bias,
+        has_image_bias, not (scale is bias is None and activation == "none"),
     )  # fmt: skip
     if plan.has_boxes:
         kernel, operands = dilated_product_boxes, _descriptors(source, weight, plan.arguments)
@@ -210,6 +213,14 @@ def _launch_product(
         kernel, operands = dilated_product, {"p_source": source, "p_weight": weight, **strides_s, **strides_w}
     epilogue = {"p_scale": scale, "p_bias": bias, "ACTIVATION": activation}
     sums = image
+    if plan.splits == SHARED:
+        kernel = dilated_product_shared
+        operands = {"p_source": source, **strides_s, "d_weight": _weight_descriptor(weight, plan.arguments)}
+        block = plan.arguments["BLOCK_M"], plan.arguments["BLOCK_N"]
+        operands |= {
+            "p_sums": torch.empty((plan.programs, *block), dtype=torch.float32, device=image.device),
+            "p_ready": torch.zeros(plan.programs, dtype=torch.int32, device=image.device),
+        }
     if plan.splits > 1:
         sums = torch.empty((plan.splits, *image.shape), dtype=torch.float32, device=image.device)
         sums = sums.view(plan.splits, image.shape[0], *image.shape[2:], image.shape[1]).permute(0, 1, 4, 2, 3)
@@ -221,7 +232,7 @@ def _launch_product(
         p_rectangles=plan.table.on(source.device),
         n_row=n_row,
         **outer_strides("s_tn s_th s_tw", image if sums is image else sums[0]),
-        s_split=sums.stride(0),
+        **({} if plan.splits == SHARED else {"s_split": sums.stride(0)}),
         **(epilogue if sums is image else {"p_scale": None, "p_bias": None, "ACTIVATION": "none"}),
         **plan.arguments,
     )
@@ -257,13 +268,15 @@ def _finish_product(sums, image, n_row: int, group: int, epilogue: dict) -> None
 
 def _descriptors(source, weight, arguments) -> dict:
     """The operands of dilated_product_boxes, in boxes of the plan's size."""
-    block_n, block_d = arguments["BLOCK_N"], arguments["BLOCK_D"]
+    block_d = arguments["BLOCK_D"]
     pixels = arguments["BOX_N"], arguments["BOX_H"], arguments["BOX_W"]
+    return {"d_source": describe(source, "NHWC", [*pixels, block_d]), "d_weight": _weight_descriptor(weight, arguments)}
+
+
+def _weight_descriptor(weight, arguments):
+    block_n, block_d = arguments["BLOCK_N"], arguments["BLOCK_D"]
     filters = (block_d, block_n) if arguments["IS_GRAD_INPUT"] else (block_n, block_d)
-    return {
-        "d_source": describe(source, "NHWC", [*pixels, block_d]),
-        "d_weight": describe(weight, "HWNC", [1, 1, *filters]),
-    }
+    return describe(weight, "HWNC", [1, 1, *filters])
 
 
 def launch_grad_weights(shapes, channels, gy, x, grad_weights) -> None:

@@ -68,8 +68,11 @@ def dilated_grad_weight(
     jump_p, jump_image = split_index(jump_p, n_p)
     n_left = tl.cdiv(widen(N, IS_INDEX_64) * n_p * n_q - i_first, BLOCK_D)
 
+    n_own = tl.minimum(n_left, n_steps).to(tl.int32)
+    tl.assume(n_own > 0)  # see add_taps
+
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in tl.range(0, tl.minimum(n_left, n_steps).to(tl.int32)):
+    for _ in tl.range(0, n_own):
         m_pixel = (o_image < N)[:, None]
         o_gy = o_image * s_gyn + o_p * s_gyp + o_q * s_gyq
         o_x = o_image * s_xn + o_p * stride_h * s_xh + o_q * stride_w * s_xw
@@ -128,6 +131,7 @@ def dilated_grad_weight_boxes(
     n_boxes_w, n_boxes_h = tl.cdiv(n_q, BOX_W), tl.cdiv(n_p, BOX_H)
     i_first = i_part * n_steps
     i_last = tl.minimum(i_first + n_steps, tl.cdiv(N, BOX_N) * n_boxes_h * n_boxes_w)
+    tl.assume(i_first < i_last)  # see add_taps
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_box in tl.range(i_first, i_last):

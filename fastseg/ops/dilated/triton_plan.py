@@ -105,8 +105,9 @@ CONFIGS = (
     Config(16, 16, 16, 1, 3),
 )
 # Twice the results a thread: for plain whole sums with 32-bit offsets on capability 9, which has the registers. The
-# first one leaves none for an epilogue, so it is for grad_input.
+# first one leaves none for an epilogue.
 WIDE_CONFIGS = (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 3))
+SHARED_CONFIG = WIDE_CONFIGS[0]
 # Where channels do not come in aligned groups of 16 bytes, each element or pair of a tile takes an address and a mask
 # in registers: tiles are smaller, and shallower for images of few channels.
 NARROW_CONFIGS = (
@@ -116,12 +117,13 @@ NARROW_CONFIGS = (
     Config(16, 16, 16, 1, 3),
 )
 MAX_NARROW = 32  # results of a thread, where each store takes an address of its own
-# IEEE fp32 has no matrix unit. A thread multiplies what it holds in registers, so tiles are small too.
+# IEEE fp32 has no matrix unit. A thread multiplies what it holds in registers, so tiles are small too. A step is one
+# chain of additions: longer ones are less accurate than PyTorch's.
 IEEE_CONFIGS = (
-    Config(64, 64, 64, 4, 3),
-    Config(64, 32, 64, 4, 3),
-    Config(32, 32, 64, 4, 3),
-    Config(16, 16, 64, 1, 3),
+    Config(64, 64, 32, 4, 3),
+    Config(64, 32, 32, 4, 3),
+    Config(32, 32, 32, 4, 3),
+    Config(16, 16, 32, 1, 3),
 )
 # Descriptors take no registers for addresses, so one tile is larger. Flat boxes are for large images, deep ones for
 # batches of small ones, and a row is for 1x1 filters, whose pixels need no shape.
@@ -156,6 +158,8 @@ LOAD_COST = 72  # of one row or column of a tile, for each term of the sum
 STEP_LATENCY = 800_000  # the least a step takes when nothing else runs beside it
 TILE_COST = 2_000_000  # filling the pipeline, finding the rectangle, storing the results
 SPLIT_COST = 8_000_000  # a second launch
+SHARED_COST = 8_000_000  # two tiles of each program, and a sum handed on
+SHARED_LOSS = 20  # one part in so many of a step, for tiles of a round are no longer at the same channels
 PARTIAL_COST = 4  # of a partial sum, written and read by all multiprocessors together
 BOX_GAIN = 10  # one part in so many of a step by pointers goes to an address and a copy for every 16 bytes
 LONE_LOSS = 3  # with nobody beside it, a program waits for DRAM for one part in so many of a step
@@ -163,6 +167,7 @@ L2_BYTES = 32 * 2**20  # what stays in the cache, of a source that is read once 
 REGISTERS, OTHER_REGISTERS = 65536, 48  # of a multiprocessor; of a thread, besides its results
 RESERVED_SHARED_MEMORY = 2048  # barriers, and what the system takes of each block
 
+SHARED = 0  # instead of splits: the steps of all sums are shared evenly by one program on each multiprocessor
 SPLITS = (1, 2, 3, 4, 6, 8)  # of a product's sums
 FINISH_BLOCK_M, FINISH_BLOCK_N = 8, 128  # tile of their second stage
 
@@ -208,15 +213,15 @@ class Plan(NamedTuple):
     table: DeviceTable
     arguments: dict[str, int | bool | str]  # of the kernel, and Triton's own
     has_boxes: bool = False  # whether the kernel is the one that loads by descriptors
-    splits: int = 1  # of each sum of a product; several leave partial sums for a second stage
+    splits: int = 1  # of each sum of a product; several leave partial sums for a second stage; or SHARED
 
 
 # Columns of the kernels' tables, as triton.py reads them.
-# rectangles: first tile, then for rows and columns: index, count, taps, source, its jump, weight, its jump
+# rectangles: first tile, first step, then for rows and columns: index, count, taps, source, its jump, weight, its jump
 # taps of grad_weight: first program, first row of partial sums, first output channel, output channels,
 #     then for rows and columns: first output, outputs, first input
 SPAN_FIELDS = 7
-RECTANGLE_FIELDS = 1 + 2 * SPAN_FIELDS
+RECTANGLE_FIELDS = 2 + 2 * SPAN_FIELDS
 TAP_FIELDS = 4 + 2 * 3
 
 
@@ -286,6 +291,12 @@ def choose_config(
         blocks = cdiv(columns, config.BLOCK_N)
         programs = blocks * sum(rows)
         for n_splits in splits:
+            if n_splits == SHARED:
+                if config == SHARED_CONFIG and programs > device.multiprocessors and min(depths) > 0:
+                    total = blocks * sum(n * s for n, s in zip(rows, depths, strict=True))
+                    time = SHARED_COST + cdiv(total, device.multiprocessors) * (step + step // SHARED_LOSS)
+                    yield (time, device.multiprocessors * time, area, depth), config, n_splits
+                continue
             if n_splits > 1 and (programs >= 2 * device.multiprocessors or config in WIDE_CONFIGS):
                 break
             at_once = 1 if is_interpreted() else min(resident, max(1, programs * n_splits // device.multiprocessors))
@@ -339,6 +350,7 @@ def plan_product(
     forced: Config | BoxConfig | GradBoxConfig | None,
     forced_splits: int,
     has_image_bias: bool = False,
+    has_epilogue: bool = False,
 ) -> Plan:
     """The launch of dilated_product, or of dilated_product_boxes, for `targets` "outputs" (forward) or "inputs"
     (grad_input).
@@ -376,26 +388,26 @@ def plan_product(
         forced = None
     has_room = device.capability == 9 and itemsize == 2 and not layout.IS_INDEX_64 and not has_image_bias
     if has_room and has_neighbours and configs is CONFIGS:
-        configs = (*WIDE_CONFIGS[0 if targets == "inputs" else 1 :], *configs)
+        configs = (*WIDE_CONFIGS[1 if has_epilogue else 0 :], *configs)
     config, splits = forced, forced_splits
     if config is None:
         pixels = shape.H * shape.W if targets == "outputs" else shape.P * shape.Q
         is_streamed = shape.N * pixels * depth * itemsize > L2_BYTES
         config, splits = choose_config((*configs, *boxes), device, itemsize, tiles, columns, steps, SPLITS, is_streamed)
-    rows, first = [], 0
-    for rectangle, count in zip(found, tiles(config), strict=True):
-        spans = rectangle.rows, rectangle.columns
-        rows.append((first, *(field for s in spans for field in (s.index, s.count, *tap_fields(s.taps)))))
-        first += count
     n_blocks = cdiv(columns, config.BLOCK_N)
+    rows, first, first_step = [], 0, 0
+    for rectangle, count, n_steps in zip(found, tiles(config), steps(config), strict=True):
+        spans = rectangle.rows, rectangle.columns
+        rows.append((first, first_step, *(field for s in spans for field in (s.index, s.count, *tap_fields(s.taps)))))
+        count *= n_blocks if splits == SHARED else 1
+        first += count
+        first_step += count * n_steps
     arguments = {
         "N": shape.N,
         "n_columns": columns,
         "n_rectangles": len(rows),
         "n_blocks": n_blocks,
-        "n_splits": splits,
         "BLOCK_RECTANGLES": power_of_two(len(rows)),
-        "IS_SPLIT": splits > 1,
         "IS_GRAD_INPUT": targets == "inputs",
         **tile_arguments(config, itemsize, layout.PRECISION, loads, layout.GROUP_TARGET),
     }
@@ -406,6 +418,13 @@ def plan_product(
     else:
         is_whole = depth % config.depth(itemsize) == 0
         arguments |= {"n_depth": depth, "IS_DEPTH_WHOLE": is_whole, **spacing, **layout._asdict()}
+    if splits == SHARED:
+        del arguments["IS_INDEX_64"], arguments["GROUP_WEIGHT"]
+        programs = min(device.multiprocessors, first_step)
+        arguments |= {"n_share": cdiv(first_step, programs), "n_steps": first_step}
+        return Plan(cdiv(first_step, arguments["n_share"]), DeviceTable(rows), arguments, False, splits)
+    has_steps = all((splits - 1) * cdiv(n_steps, splits) < n_steps for n_steps in steps(config))
+    arguments |= {"n_splits": splits, "IS_SPLIT": splits > 1, "HAS_STEPS": has_steps}
     return Plan(first * n_blocks * splits, DeviceTable(rows), arguments, has_boxes, splits)
 
 

@@ -73,19 +73,27 @@ def load_span(p_span, INDEX: tl.constexpr):
 
 
 @triton.jit
-def first_step(n_steps, n_r, n_s, i_split, n_splits, BLOCK_D: tl.constexpr, IS_SPLIT: tl.constexpr):
-    """Where the program's share of a sum of `n_steps` begins (depth, row, column), and how many steps it has."""
-    i_depth = 0
-    i_row = 0
-    i_column = 0
+def share_steps(n_steps, i_split, n_splits, IS_SPLIT: tl.constexpr):
+    """The first step of a program's share of a sum of `n_steps`, and how many it has."""
+    i_step = 0
     if IS_SPLIT:
         n_share = tl.cdiv(n_steps, n_splits)
         i_step = i_split * n_share
         n_steps = tl.maximum(tl.minimum(n_share, n_steps - i_step), 0)
+    return i_step, n_steps
+
+
+@triton.jit
+def find_step(i_step, n_r, n_s, BLOCK_D: tl.constexpr, IS_SPLIT: tl.constexpr):
+    """Depth, row and column of step `i_step` of a sum, which is 0 unless IS_SPLIT."""
+    i_depth = 0
+    i_row = 0
+    i_column = 0
+    if IS_SPLIT:
         i_column, i_step = split_index(i_step, tl.maximum(n_s, 1))
         i_row, i_step = split_index(i_step, tl.maximum(n_r, 1))
         i_depth = i_step * BLOCK_D
-    return i_depth, i_row, i_column, n_steps
+    return i_depth, i_row, i_column
 
 
 @triton.jit
@@ -114,12 +122,13 @@ def add_taps(
     jump_sh, jump_sw,  # from one to the next, in the source
     jump_r, jump_s,  # and in the weight
     s_wk,
-    i_split, n_splits,
+    i_step, n_steps,  # the first step of the program's share of the sum, 0 unless IS_SPLIT, and how many it has
     BLOCK_D: tl.constexpr, GROUP_SOURCE: tl.constexpr, GROUP_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr, IS_SPLIT: tl.constexpr,
+    HAS_STEPS: tl.constexpr,
 ):
     # fmt: on
-    """acc and the product of a tile, over all live taps of its rectangle and all source channels, or its split of them.
+    """acc and the product of a tile, over all live taps of its rectangle and all source channels, or a share of them.
     """
     ITEMSIZE: tl.constexpr = p_source.dtype.element_ty.primitive_bitwidth // 8
     o_depth = widen(tl.arange(0, BLOCK_D), IS_INDEX_64)
@@ -137,8 +146,11 @@ def add_taps(
         n_source = in_groups(n_depth, GROUP_SOURCE)
         n_weight = n_depth if IS_GRAD_INPUT else in_groups(n_depth, GROUP_WEIGHT)
 
-    n_steps = n_r * n_s * tl.cdiv(n_depth, BLOCK_D)
-    i_depth, i_row, i_column, n_steps = first_step(n_steps, n_r, n_s, i_split, n_splits, BLOCK_D, IS_SPLIT)
+    i_depth, i_row, i_column = find_step(i_step, n_r, n_s, BLOCK_D, IS_SPLIT)
+    # An accumulator that an empty loop would leave at zero is set beside the loop as well, and then ptxas lets the
+    # tensor core's products wait for each other (its remark C7515).
+    if HAS_STEPS:
+        tl.assume(n_steps > 0)
     for _ in tl.range(0, n_steps):
         p_x = p_source + (i_row * jump_sh + i_column * jump_sw + i_depth)
         p_w = p_weight + (i_row * jump_r + i_column * jump_s + tl.cast(i_depth, tl.int64) * s_depth)
@@ -238,6 +250,7 @@ def dilated_product(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IMAGE_BIAS: tl.constexpr,
     IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr, IS_INDEX_64: tl.constexpr, IS_SPLIT: tl.constexpr,
+    HAS_STEPS: tl.constexpr,  # whether every program has
 ):
     # fmt: on
     i_block, i_tile = split_index(tl.program_id(0), n_blocks)
@@ -247,8 +260,8 @@ def dilated_product(
         p_target += tl.cast(i_split, tl.int64) * s_split
     p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
     i_tile -= tl.load(p_rectangle)
-    i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 1, tl.int64)
-    i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 1 + _SPAN_FIELDS, tl.int64)
+    i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 2, tl.int64)
+    i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 2 + _SPAN_FIELDS, tl.int64)
 
     o_pixel = widen(i_tile, IS_INDEX_64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n_pixels = widen(N, IS_INDEX_64) * n_h * n_w
@@ -263,10 +276,12 @@ def dilated_product(
     p_source += i_sh * s_sh + i_sw * s_sw
     p_weight += i_r * s_wr + i_s * s_ws
 
+    i_step, n_steps = share_steps(n_r * n_s * tl.cdiv(n_depth, BLOCK_D), i_split, n_splits, IS_SPLIT)
     acc = add_taps(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), p_source, p_weight, o_source, o_column, n_depth, n_columns,
-        n_r, n_s, jump_sh * s_sh, jump_sw * s_sw, jump_r * s_wr, jump_s * s_ws, s_wk, i_split, n_splits,
+        n_r, n_s, jump_sh * s_sh, jump_sw * s_sw, jump_r * s_wr, jump_s * s_ws, s_wk, i_step, n_steps,
         BLOCK_D, GROUP_SOURCE, GROUP_WEIGHT, PRECISION, IS_GRAD_INPUT, IS_DEPTH_WHOLE, IS_INDEX_64, IS_SPLIT,
+        HAS_STEPS,
     )  # fmt: skip
     acc = scale_and_shift(
         acc, p_scale, p_bias, o_image + o_w // n_row, o_column, n_columns,
@@ -297,6 +312,7 @@ def dilated_product_boxes(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IMAGE_BIAS: tl.constexpr,
     IS_GRAD_INPUT: tl.constexpr, IS_INDEX_64: tl.constexpr, IS_SPLIT: tl.constexpr,
+    HAS_STEPS: tl.constexpr,  # whether every program has
 ):
     # fmt: on
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
@@ -307,8 +323,8 @@ def dilated_product_boxes(
         p_target += tl.cast(i_split, tl.int64) * s_split
     p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
     i_tile -= tl.load(p_rectangle)
-    i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 1, tl.int32)
-    i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 1 + _SPAN_FIELDS, tl.int32)
+    i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 2, tl.int32)
+    i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 2 + _SPAN_FIELDS, tl.int32)
 
     i_w, i_image = split_index(i_tile, tl.cdiv(n_w, BOX_W))
     i_h, i_image = split_index(i_image, tl.cdiv(n_h, BOX_H))
@@ -318,9 +334,10 @@ def dilated_product_boxes(
 
     # Boxes reach beyond the rectangle and the image, where descriptors read zeros: rows that are never stored.
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    i_depth, i_row, i_column, n_turns = first_step(
-        n_r * n_s * n_steps, n_r, n_s, i_split, n_splits, BLOCK_D, IS_SPLIT
-    )
+    i_step, n_turns = share_steps(n_r * n_s * n_steps, i_split, n_splits, IS_SPLIT)
+    i_depth, i_row, i_column = find_step(i_step, n_r, n_s, BLOCK_D, IS_SPLIT)
+    if HAS_STEPS:
+        tl.assume(n_turns > 0)
     for _ in tl.range(0, n_turns):
         b_x = d_source.load([i_image, i_sh + i_row * jump_sh, i_sw + i_column * jump_sw, i_depth])
         b_x = b_x.reshape(BLOCK_M, BLOCK_D)

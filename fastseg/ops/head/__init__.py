@@ -14,6 +14,12 @@ from fastseg.ops.head import op as _op  # noqa: F401  registers the operators
 from fastseg.ops.library import OVERLOADS
 
 _REDUCTIONS = ("none", "mean", "sum")
+# Where autocast lets PyTorch's resize compute in float32: the device types whose list has it.
+_RESIZED_IN_FLOAT32 = [
+    device
+    for device in ("cpu", "cuda")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::upsample_bilinear2d", f"Autocast{device.upper()}")
+]
 _LABELS = (torch.int64, torch.uint8)
 
 
@@ -56,6 +62,9 @@ def upsample_bilinear2d(
     outputs = _output_size(input, size, scale_factor)
     if outputs is None or not isinstance(align_corners, (bool, type(None))):
         return native.upsample_bilinear2d(input, size, scale_factor, align_corners)
+    device = input.device.type
+    if device in _RESIZED_IN_FLOAT32 and input.dtype in (torch.float16, torch.bfloat16):
+        input = input.float() if torch.is_autocast_enabled(device) else input
     choice = _choose(
         "upsample_bilinear2d", input, backend, outputs, (scale_factor is None, bool(align_corners)), (input,),
         lambda name: upsample_bilinear2d(input, size, scale_factor, align_corners, backend=name),

@@ -86,13 +86,16 @@ def _backward_of_cross_entropy(backend: str):
         logits, target, weight, total_weight, gradient = ctx.saved_tensors
         options = (ctx.ignore_index, ctx.label_smoothing, ctx.align_corners)
         none = (None,) * 7
+        if ctx.reduction == "mean":  # where every pixel is ignored native's loss is NaN, and its gradient zero
+            grad_loss = torch.where(total_weight == 0, 0, grad_loss / total_weight)
         if torch.is_grad_enabled():  # to be differentiated again
             from fastseg.ops.head.native import cross_entropy
 
-            loss = cross_entropy(logits, target, weight, ctx.ignore_index, ctx.reduction, *options[1:])
-            return torch.autograd.grad(loss, logits, grad_loss.to(loss.dtype), create_graph=True)[0], *none
-        if ctx.reduction == "mean":  # where every pixel is ignored native's loss is NaN, and its gradient zero
-            grad_loss = torch.where(total_weight == 0, 0, grad_loss / total_weight)
+            # On a GPU neither native's sum of losses nor the gradient of its resize is repeatable.
+            resize = OVERLOADS["upsample_bilinear2d"][backend]
+            losses = cross_entropy(logits, target, weight, ctx.ignore_index, "none", *options[1:], resize)
+            grad_losses = grad_loss.expand(losses.shape).to(losses.dtype)
+            return torch.autograd.grad(losses, logits, grad_losses, create_graph=True)[0], *none
         if gradient.numel() == 0 or ctx.reduction == "none":
             run = OVERLOADS["upsample_cross_entropy_backward"][backend]
             gradient = run(grad_loss.expand(target.shape), logits, target, weight, *options)

@@ -15,8 +15,8 @@ from fastseg.ops.triton_common import INTERPRETED, split_index
 @triton.jit
 def sample(o_out, step, inputs, IS_ALIGNED: tl.constexpr):
     """(first, second, share) of outputs along one axis: y = (1 - share) * x[first] + share * x[second]."""
-    if IS_ALIGNED:
-        position = step * tl.cast(o_out, tl.float32)
+    if IS_ALIGNED:  # a fused multiply-add, lest the compiler makes one with the subtraction below
+        position = tl.fma(tl.cast(o_out, tl.float32), step, 0.0)
     elif INTERPRETED:  # its fused multiply-add rounds twice
         centre = tl.cast(o_out, tl.float64) + 0.5
         position = tl.maximum(tl.cast(tl.cast(step, tl.float32), tl.float64) * centre - 0.5, 0.0).to(tl.float32)
