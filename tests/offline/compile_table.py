@@ -37,6 +37,7 @@ from tests.offline.triton_cases import TRITON_CASES, Case  # noqa: E402  found f
 
 TRITON_TARGETS = (80, 90, 100)
 NVCC_TARGETS = ("sm_80", "sm_90a")
+MAX_SPILLS_IN_LOOP = 1  # in 140 instructions of four products of 64 x 256 x 16
 
 
 class Key(NamedTuple):
@@ -127,6 +128,15 @@ def lost_values(early: str, late: str) -> list[str]:
     return [types for (types, scalars), (_, left) in zip(before, after, strict=True) if left < scalars]
 
 
+def spills_in_products(sass: str) -> list[str]:
+    """The accesses to spilled registers in the loop that multiplies on tensor cores, of a kernel's SASS."""
+    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    jumps = [(int(m[1], 16), at) for at, line in lines if (m := re.search(r"\bBRA\b[^;]* 0x([0-9a-f]+)", line))]
+    bodies = [[line for at, line in lines if first <= at <= last] for first, last in jumps if first <= last]
+    loops = [body for body in bodies if any("GMMA" in line for line in body)]
+    return [line for line in min(loops, key=len, default=[]) if re.search(r"\b(LDL|STL)\b", line)]
+
+
 def triton_rows(case: Case, target: int) -> Table:
     """The rows of one case. Runs in a worker process."""
     rows = {}
@@ -138,6 +148,9 @@ def triton_rows(case: Case, target: int) -> Table:
             file.write(compiled.asm["cubin"])
             file.flush()
             ((name, resources),) = cubin_resources(Path(file.name)).items()
+            spills = spills_in_products(_report(Path(file.name), "-sass")) if resources.stack else []
+            if len(spills) > MAX_SPILLS_IN_LOOP:
+                raise RuntimeError(f"the inner loop of {name} [{case}] has spilled registers: {', '.join(spills)}")
         key = Key(triton_compiler(), f"sm_{target}", f"{name} [{case}]")
         rows[key] = resources._replace(shared=compiled.metadata.shared)  # Triton's shared memory is dynamic
     return rows
@@ -148,11 +161,11 @@ def cubin_resources(cubin: Path) -> dict[str, Resources]:
     return _resources(_report(cubin))
 
 
-def _report(binary: Path) -> str:
+def _report(binary: Path, option: str = "-res-usage") -> str:
     """What cuobjdump (Triton's wheel brings one) says of the kernels in a file."""
     from triton import knobs
 
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    command = [knobs.nvidia.cuobjdump.path, option, str(binary)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

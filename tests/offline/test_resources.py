@@ -18,6 +18,7 @@ from tests.offline.compile_table import (
     lost_values,
     nvcc_compiler,
     read_table,
+    spills_in_products,
     triton_compiler,
 )
 
@@ -71,7 +72,20 @@ def test_a_value_that_a_loop_loses_is_noticed():
     assert lost_values(plain, plain) == lost_values(whole + "\n" + plain, without) == []
 
 
+def test_spills_in_the_inner_loop_are_noticed():
+    code = ["STL [R1], R2", "HGMMA.64x256x16 R24", "LDGSTS [R2]", "{}", "@P0 BRA 0x0010", "LDL R2, [R1]", "BRA 0x0000"]
+    sass = "".join(f"/*{16 * i:04x}*/ {line} ;\n" for i, line in enumerate(code))
+    assert spills_in_products(sass.format("NOP")) == []
+    assert spills_in_products(sass.format("LDL R3, [R1]")) == ["LDL R3, [R1]"]
+
+
+# Between two tiles, which takes a few nanoseconds of the microseconds that a tile takes; compile_everything looks at
+# their loops.
+SPILLS_BETWEEN_TILES = ("dilated_forward_shared", "dilated_grad_input_shared")
+
+
 @pytest.mark.parametrize("name", COMPILERS)
 def test_nothing_spills(compiled, name: str):
-    spilled = [f"{' '.join(key)}: {row}" for key, row in rows_of(compiled, name).items() if row.stack]
+    rows = {key: row for key, row in rows_of(compiled, name).items() if not key.kernel.startswith(SPILLS_BETWEEN_TILES)}
+    spilled = [f"{' '.join(key)}: {row}" for key, row in rows.items() if row.stack]
     assert not spilled, "stack means spilled registers (or an array indexed at run time):\n" + "\n".join(spilled)

@@ -100,6 +100,7 @@ class DilatedCase(NamedTuple):
     statistics: bool = False  # of branches
     index_64: bool = False
     tile: tuple[int, ...] | None = None  # one of the tables' configurations; None: what the planner chooses
+    shared: bool = False  # whether programs share the work evenly, whatever the planner chooses
     target: int = TILES_TARGET  # what the planner takes the device for
 
     def __str__(self) -> str:
@@ -114,7 +115,8 @@ class DilatedCase(NamedTuple):
         words += [self.reduction] if self.reduction != "concat" else []
         words += [self.activation] if self.activation != "none" else []
         flags = {"scale": self.scale, "image bias": self.image_bias, "statistics": self.statistics}
-        words += [name for name, is_set in (flags | {"64-bit": self.index_64}).items() if is_set]
+        flags |= {"64-bit": self.index_64, "shared": self.shared}
+        words += [name for name, is_set in flags.items() if is_set]
         words += [f"tile {'x'.join(map(str, self.tile))}"] if self.tile else []
         return " ".join(words)
 
@@ -139,8 +141,10 @@ class DilatedCase(NamedTuple):
         geometry = ((self.stride,) * 2, (pad_h, pad_h, pad_w, pad_w), (dilation,) * 2)
         torch.backends.cudnn.conv.fp32_precision = "tf32" if self.tf32 else "ieee"
         limits = operator.device_limits(x.device)._replace(capability=self.target // 10)
+        forced = operator.forced_config(operator.SHARED_CONFIG, operator.SHARED)
         with (
             mock.patch.object(operator, "device_limits", return_value=limits),
+            forced if self.shared else contextlib.nullcontext(),
             caught_launches(operator, self.index_64, self.tile) as launches,
             caught_launches(pyramid, self.index_64, None) as grouped,
         ):
@@ -152,7 +156,7 @@ class DilatedCase(NamedTuple):
             y = operator.forward(x, weight, bias, *geometry, self.activation, scale)
             # What the tile is for: some are for gradients of weights alone, some for anything else.
             is_wide = self.tile in operator.WIDE_CONFIGS
-            has_grad_weight = not is_wide and not isinstance(self.tile, operator.BoxConfig)
+            has_grad_weight = not is_wide and not self.shared and not isinstance(self.tile, operator.BoxConfig)
             has_product = not isinstance(self.tile, operator.GradBoxConfig)
             if not has_product or self.tile == operator.WIDE_CONFIGS[0]:
                 launches.clear()
@@ -202,6 +206,7 @@ def dilated_cases(target: int) -> list[DilatedCase]:
 
         if target == 90:
             cases += [case(tile=tile, activation=act) for tile in WIDE_CONFIGS for act in ("none", "silu")]
+            cases += [case(shared=True), case(shared=True, activation="silu", scale=True)]
         cases += [case(tile=tile) for tile in {c[3:]: c for c in GRAD_BOX_CONFIGS}.values()]
 
         # One box of each tile: they differ in a few constants of the epilogue.
@@ -234,6 +239,7 @@ class SeparableCase(NamedTuple):
     statistics: bool = False
     index_64: bool = False
     tile: tuple[int, ...] | None = None  # one of the tables' configurations; None: what the planner chooses
+    shared: bool = False  # whether programs share the work evenly, whatever the planner chooses
     target: int = TILES_TARGET  # what the planner takes the device for
 
     def __str__(self) -> str:

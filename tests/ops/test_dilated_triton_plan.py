@@ -35,6 +35,7 @@ PROBLEMS = [
     (1, 2048, 21, 41, 2, "ieee"),
     (1, 512, 64, 9, 2, "ieee"),
     (1, 64, 32, 9, 2, "ieee"),
+    (1, 64, 32, 129, 2, "ieee"),
     (1, 16, 16, 4, 2, "ieee"),
     (1, 259, 256, 33, 2, "ieee"),
     (4, 3, 64, 65, 2, "ieee"),
@@ -100,6 +101,29 @@ def test_one_image_still_fills_the_device():
     assert chosen(1, 2048, 256, 33, 2, "ieee", H200).programs >= H200.multiprocessors
 
 
+def planned(targets, outputs=256, rate=6, can_describe=True) -> triton_plan.Plan:
+    """The launch of an ASPP branch, 16 images of 2048 channels, on a large GPU."""
+    x = torch.empty(16, 2048, 33, 33, device="meta")
+    weight = torch.empty(outputs, 2048, 3, 3, device="meta")
+    shape = conv_shape(x, weight, [1, 1], [rate] * 4, [rate] * 2)
+    layout = triton_plan.Layout(8, 8, 8, False, "ieee")
+    return triton_plan.plan_product(targets, shape, (rate,) * 4, 2, layout, can_describe, H200, None, 1)
+
+
+@pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
+def test_work_is_shared_where_few_tiles_are_of_unequal_length():
+    """Where there are many, whoever is free takes the next; and weights have to come by descriptors."""
+    plan = planned("outputs")
+    assert plan.splits == triton_plan.SHARED
+    assert plan.programs == H200.multiprocessors
+    steps = plan.arguments["n_steps"]
+    assert (plan.programs - 1) * plan.arguments["n_share"] < steps <= plan.programs * plan.arguments["n_share"]
+    rows = plan.table.on(torch.device("cpu")).tolist()
+    assert [row[1] for row in rows] == sorted(row[1] for row in rows)
+    assert planned("inputs").splits == planned("outputs", outputs=4096).splits == 1
+    assert planned("outputs", can_describe=False).splits == 1
+
+
 def test_tiles_fit_the_shared_memory():
     """A consumer's GPU has less than half of what a large one has."""
     small = Device(82, 100 * 1024, 8)
@@ -129,7 +153,7 @@ def test_programs_take_the_longest_sums_first():
 def test_sums_are_split_where_tiles_are_few():
     """One image leaves most of a large GPU idle, sixteen do not."""
     assert chosen(1, 2048, 256, 33, 2, "ieee", H200).splits > 1
-    assert chosen(16, 2048, 256, 33, 2, "ieee", H200).splits == 1
+    assert chosen(16, 2048, 256, 33, 2, "ieee", H200).splits <= 1
 
 
 @pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")

@@ -100,6 +100,8 @@ __all__ = [
     "GRAD_BOX_CONFIGS",
     "IEEE_CONFIGS",
     "NARROW_CONFIGS",
+    "SHARED",
+    "SHARED_CONFIG",
     "WIDE_CONFIGS",
     "BoxConfig",
     "Config",

@@ -158,17 +158,17 @@ LOAD_COST = 72  # of one row or column of a tile, for each term of the sum
 STEP_LATENCY = 800_000  # the least a step takes when nothing else runs beside it
 TILE_COST = 2_000_000  # filling the pipeline, finding the rectangle, storing the results
 SPLIT_COST = 8_000_000  # a second launch
-SHARED_COST = 8_000_000  # two tiles of each program, and a sum handed on
-SHARED_LOSS = 20  # one part in so many of a step, for tiles of a round are no longer at the same channels
+MAX_STEPS = 2**30  # that are shared: programs count them in 32 bits
+SHARED_COST = 26_000_000  # the same where one program has its tiles one after the other, and hands sums on
 PARTIAL_COST = 4  # of a partial sum, written and read by all multiprocessors together
 BOX_GAIN = 10  # one part in so many of a step by pointers goes to an address and a copy for every 16 bytes
-LONE_LOSS = 3  # with nobody beside it, a program waits for DRAM for one part in so many of a step
+LONE_LOSS = 8  # with nobody beside it, a program waits for DRAM for one part in so many of a step
 L2_BYTES = 32 * 2**20  # what stays in the cache, of a source that is read once for each tap
 REGISTERS, OTHER_REGISTERS = 65536, 48  # of a multiprocessor; of a thread, besides its results
 RESERVED_SHARED_MEMORY = 2048  # barriers, and what the system takes of each block
 
 SHARED = 0  # instead of splits: the steps of all sums are shared evenly by one program on each multiprocessor
-SPLITS = (1, 2, 3, 4, 6, 8)  # of a product's sums
+SPLITS = (SHARED, 1, 2, 3, 4, 6, 8)  # of a product's sums
 FINISH_BLOCK_M, FINISH_BLOCK_N = 8, 128  # tile of their second stage
 
 # grad_weight: no more programs than a large GPU holds in two rounds, and so little for the second stage to read. The
@@ -292,9 +292,14 @@ def choose_config(
         programs = blocks * sum(rows)
         for n_splits in splits:
             if n_splits == SHARED:
-                if config == SHARED_CONFIG and programs > device.multiprocessors and min(depths) > 0:
-                    total = blocks * sum(n * s for n, s in zip(rows, depths, strict=True))
-                    time = SHARED_COST + cdiv(total, device.multiprocessors) * (step + step // SHARED_LOSS)
+                total = blocks * sum(n * s for n, s in zip(rows, depths, strict=True))
+                if (
+                    config == SHARED_CONFIG
+                    and programs > device.multiprocessors
+                    and 0 < min(depths) <= total <= MAX_STEPS
+                ):
+                    time = cdiv(total, device.multiprocessors) * step
+                    time += SHARED_COST * (programs + device.multiprocessors) // device.multiprocessors
                     yield (time, device.multiprocessors * time, area, depth), config, n_splits
                 continue
             if n_splits > 1 and (programs >= 2 * device.multiprocessors or config in WIDE_CONFIGS):
@@ -393,7 +398,10 @@ def plan_product(
     if config is None:
         pixels = shape.H * shape.W if targets == "outputs" else shape.P * shape.Q
         is_streamed = shape.N * pixels * depth * itemsize > L2_BYTES
-        config, splits = choose_config((*configs, *boxes), device, itemsize, tiles, columns, steps, SPLITS, is_streamed)
+        allowed = SPLITS if can_describe else SPLITS[1:]
+        config, splits = choose_config(
+            (*configs, *boxes), device, itemsize, tiles, columns, steps, allowed, is_streamed
+        )
     n_blocks = cdiv(columns, config.BLOCK_N)
     rows, first, first_step = [], 0, 0
     for rectangle, count, n_steps in zip(found, tiles(config), steps(config), strict=True):

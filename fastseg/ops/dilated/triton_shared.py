@@ -87,19 +87,19 @@ def dilated_product_shared(
     IS_GRAD_INPUT: tl.constexpr, IS_DEPTH_WHOLE: tl.constexpr,
 ):
     # fmt: on
+    HALF: tl.constexpr = BLOCK_N // 2
     ITEMSIZE: tl.constexpr = p_source.dtype.element_ty.primitive_bitwidth // 8
     i_program = tl.program_id(0)
     i_begin = i_program * n_share
     i_end = tl.minimum(i_begin + n_share, n_steps)
     i_last = find_tile(p_rectangles, i_end - 1, n_rectangles, n_depth, BLOCK_D, BLOCK_RECTANGLES)
-    HALF: tl.constexpr = BLOCK_N // 2
-    o_sums = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, HALF)[None, :]
     n_tiles = i_last + 1 - find_tile(p_rectangles, i_begin, n_rectangles, n_depth, BLOCK_D, BLOCK_RECTANGLES)
+    o_sums = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, HALF)[None, :]  # [BLOCK_M, HALF]
     for i in tl.range(0, n_tiles):
         i_tile = i_last - i
         p_rectangle = find_row(p_rectangles, i_tile, n_rectangles, _RECTANGLE_FIELDS, BLOCK_RECTANGLES)
-        i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 2, tl.int64)
-        i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 2 + _SPAN_FIELDS, tl.int64)
+        i_th, n_h, n_r, i_sh, jump_sh, i_r, jump_r = load_span(p_rectangle + 2, tl.int32)
+        i_tw, n_w, n_s, i_sw, jump_sw, i_s, jump_s = load_span(p_rectangle + 2 + _SPAN_FIELDS, tl.int32)
         i_tile -= tl.load(p_rectangle)
         n_sum = n_r * n_s * tl.cdiv(n_depth, BLOCK_D)
         i_sum = tl.load(p_rectangle + 1) + i_tile * n_sum  # its first step
@@ -119,7 +119,6 @@ def dilated_product_shared(
         p_tile = p_source + (i_sh * s_sh + i_sw * s_sw)
         o_depth = tl.arange(0, BLOCK_D)
         o_tile = o_source[:, None] + o_depth[None, :]  # [BLOCK_M, BLOCK_D]
-        i_r, jump_r, i_s, jump_s = i_r.to(tl.int32), jump_r.to(tl.int32), i_s.to(tl.int32), jump_s.to(tl.int32)
         tl.assume(n_own > 0)  # see add_taps
         for _ in tl.range(0, n_own):
             p_x = p_tile + (i_row * (jump_sh * s_sh) + i_column * (jump_sw * s_sw) + i_depth)
@@ -140,8 +139,8 @@ def dilated_product_shared(
         i_other = i_program
         if is_finished & (i_first > 0):
             i_other = i_sum // n_share
-        for i in tl.range(i_other, i_program):
-            while tl.atomic_add(p_ready + i, 0, sem="acquire") == 0:
+        for i_before in tl.range(i_other, i_program):
+            while tl.atomic_add(p_ready + i_before, 0, sem="acquire") == 0:
                 pass
         o_pixel = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         o_w, o_image = split_index(tl.minimum(o_pixel, n_pixels - 1), n_w)
@@ -149,22 +148,25 @@ def dilated_product_shared(
         o_w = i_tw + o_w * period_w
         o_target = o_image * s_tn + (i_th + o_h * period_h) * s_th + o_w * s_tw
         o_image += o_w // n_row
-        # In halves, which leave registers for what others have handed on.
+        m_pixel = o_pixel < n_pixels
+        # In halves, which leave registers for what others have handed on. Some are kept in memory all the same, of
+        # which the loop over steps reads one.
         parts = halves(acc)  # 2 x [BLOCK_M, HALF]
         for part in tl.static_range(2):
             b_sum = parts[part]
             p_part = p_sums + part * HALF + o_sums
             if is_finished:
-                for i in tl.range(i_other, i_program):
-                    b_sum += tl.load(p_part + tl.cast(i, tl.int64) * BLOCK_M * BLOCK_N, cache_modifier=".cg")
+                for i_before in tl.range(i_other, i_program):
+                    p_before = p_part + tl.cast(i_before, tl.int64) * BLOCK_M * BLOCK_N
+                    b_sum += tl.load(p_before, cache_modifier=".cg")  # [BLOCK_M, HALF]
                 o_column = i_block * BLOCK_N + part * HALF + tl.arange(0, HALF)
                 b_sum = scale_and_shift(
                     b_sum, p_scale, p_bias, o_image, o_column, n_columns,
                     GROUP_TARGET, HAS_SCALE, HAS_BIAS, HAS_IMAGE_BIAS,
                 )  # fmt: skip
-                store_product(b_sum, p_target, o_target, o_pixel < n_pixels, o_column, n_columns, GROUP_TARGET, ACTIVATION)
+                store_product(b_sum, p_target, o_target, m_pixel, o_column, n_columns, GROUP_TARGET, ACTIVATION)
             else:
-                tl.store(p_part + tl.cast(i_program, tl.int64) * BLOCK_M * BLOCK_N, b_sum)
+                tl.store(p_part + tl.cast(i_program, tl.int64) * BLOCK_M * BLOCK_N, b_sum)  # [BLOCK_M, HALF]
         if not is_finished:
             tl.debug_barrier()
             tl.atomic_xchg(p_ready + i_program, 1, sem="release")
