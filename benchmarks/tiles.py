@@ -42,11 +42,12 @@ class Tile(NamedTuple):
 
     backend: str
     forced: object = None
+    shared: bool = False  # whether programs share the work of a dense product evenly
 
     @property
     def name(self) -> str:
         shape = "x".join(map(str, self.forced)) if isinstance(self.forced, tuple) else self.forced
-        return f"{self.backend} {shape or 'as planned'}"
+        return f"{self.backend} {shape or 'as planned'}{' shared' if self.shared else ''}"
 
 
 def tiles(operator: str) -> list[Tile]:
@@ -55,9 +56,10 @@ def tiles(operator: str) -> list[Tile]:
 
     if operator == "depthwise_conv2d":
         return [Tile("triton"), *(Tile("triton", c) for c in depthwise.CONFIGS), Tile("cuda")]
-    shapes = [c for c in (*dilated.BOX_CONFIGS, *dilated.CONFIGS) if c.BLOCK_M * c.BLOCK_N >= 64 * 64]
+    shapes = (*dilated.BOX_CONFIGS, *dilated.WIDE_CONFIGS, *dilated.CONFIGS)
     return [
-        *(Tile("triton"), *(Tile("triton", c) for c in shapes)),
+        *(Tile("triton"), *(Tile("triton", c) for c in shapes if c.BLOCK_M * c.BLOCK_N >= 64 * 64)),
+        Tile("triton", dilated.SHARED_CONFIG, shared=True),
         *(Tile("cuda"), *(Tile("cuda", tile) for tile in CUDA_TILES)),
     ]
 
@@ -77,7 +79,8 @@ def forcing(operator: str, tile: Tile) -> Iterator[None]:
         from fastseg.ops.depthwise import triton as depthwise
         from fastseg.ops.dilated import triton as dilated
 
-        with (depthwise if operator == "depthwise_conv2d" else dilated).forced_config(tile.forced):
+        is_depthwise, splits = operator == "depthwise_conv2d", dilated.SHARED if tile.shared else 1
+        with depthwise.forced_config(tile.forced) if is_depthwise else dilated.forced_config(tile.forced, splits):
             yield
 
 

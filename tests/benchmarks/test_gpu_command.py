@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,33 @@ def test_gpu_command_without_a_gpu(capsys):
 def test_gpu_stage_on_the_cpu(stage, monkeypatch):
     monkeypatch.setattr(gpu, "kernels", lambda device: ["reference"])
     assert stage("cpu") == 0
+
+
+def test_a_share_of_what_is_timed_is_compiled(monkeypatch):
+    """By calling it once; what cannot run does not keep the rest from it."""
+    called = []
+
+    class Work:
+        def candidates(self):
+            return [SimpleNamespace(role=r, backend=b) for r, b in (("native", "native"), ("fastseg", "triton"))]
+
+        def calls(self, candidate, direction, most):
+            assert (candidate.backend, most) == ("triton", 1)
+            if direction == "fails":
+                raise RuntimeError("no such tile")
+            return [lambda: called.append(direction)]
+
+    steps = [SimpleNamespace(direction=name) for name in ("one", "two", "fails", "four", "five")]
+    monkeypatch.setattr(gpu.selection, "plan", lambda settings: steps)
+    monkeypatch.setattr(gpu.selection, "workload", lambda step, device: Work())
+    assert gpu._compile_timed("cpu", 0, 2) == 2
+    assert called == ["one", "five"]
+
+
+def test_an_interrupted_test_without_a_name_is_counted(tmp_path):
+    results = tmp_path / "results.xml"
+    results.write_text('<testsuite><testcase name="test_a[1]"/><testcase name="test_a[2]"/><testcase/></testsuite>')
+    assert gpu._count_tests(results) == {"test_a": {"passed": 2}, "interrupted": {"passed": 1}}
 
 
 def test_gpu_stage_without_kernels_fails(monkeypatch):

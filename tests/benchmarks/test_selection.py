@@ -22,6 +22,12 @@ def test_case_ids_are_unique():
     assert len(set(ids)) == len(ids)
 
 
+def test_a_short_run_on_a_gpu_shows_both_families_of_convolutions():
+    steps = plan(Settings(device="cuda", dtypes=("bfloat16",), networks=False, blocks=False))
+    assert len({step.id for step in steps}) == len(steps) == 2 * len([case for case in CASES if case.batch("cuda")])
+    assert {step.case.outputs is None for step in steps[:4]} == {True, False}
+
+
 # What papers and libraries call them -> shapes [N, C, H, W] on a GPU (outputs behind them), all of which are cases.
 FIELD = {
     "aspp-r101-os16": [(16, 2048, 33, 33, 256)] * 3,
