@@ -97,6 +97,7 @@ DEPTHWISE_CASES = {
     "3x3-no-bias": ConvCase(1, 16, (6, 5), bias=False),
     "3x3-d2": ConvCase(1, 16, (9, 8), padding=(2, 2), dilation=(2, 2)),
     "3x3-d6-wide": ConvCase(1, 33, (13, 7), padding=(6, 6), dilation=(6, 6)),
+    "3x3-d4-short": ConvCase(1, 8, (11, 7), padding=(4, 4), dilation=(4, 4)),  # phases of two and three positions
     "dilation-over-size": ConvCase(1, 4, (5, 6), padding=(7, 7), dilation=(7, 7)),
     "3x3-s2": ConvCase(2, 8, (9, 10), stride=(2, 2)),
     "3x3-s2-d2": ConvCase(1, 8, (11, 10), stride=(2, 2), padding=(2, 2), dilation=(2, 2)),

@@ -133,11 +133,10 @@ def test_gradients_within_bound(family, case, dtype, layout, target):
         assert_within(grad, bound, name)
 
 
-@pytest.mark.parametrize(("family", "case", "dtype"), with_dtypes(KEY, DTYPES[:3]))
+# The interpreter multiplies as NumPy does: of its accuracy float32 tells as much as there is to tell.
+@pytest.mark.parametrize(("family", "case", "dtype"), with_dtypes(KEY, DTYPES[: 1 if SLOW_RUNG else 3]))
 def test_no_less_accurate_than_native(family, case, dtype, target):
     """The largest error over a few draws: of one alone, native's may be small by luck."""
-    if target.roundoff(dtype) is not None:
-        pytest.skip("the interpreter truncates to bfloat16 where a GPU rounds")
     ours, theirs, exact = [], [], []
     for seed in range(DRAWS):
         tensors = require_grad(make(family, case, dtype, target, seed=10 * seed))

@@ -54,6 +54,11 @@ MUTATIONS = {
         "const int r = e + STRIDE * i;",
         "const int r = e + STRIDE * (kReach - 1 - i);",
     ),
+    "taps of a short phase mirrored": Mutation(
+        "csrc/depthwise/depthwise_phases.cuh",
+        "return t - u + 1;",
+        "return u - t + 1;",
+    ),
     "one column of a tile unguarded": Mutation(
         "csrc/depthwise/depthwise_forward.cuh",
         "if (GUARDED && o >= columns) continue;",

@@ -20,11 +20,11 @@ the device. A rectangle without taps is a sum without steps, and holds act(bias)
 
 Forward and grad_input are one product: the planner (live_taps.py) turns the index map around, and the weight tile is
 transposed or not. Two kernels compute it (triton_product.py): one loads by pointers, the other loads boxes of pixels by
-tensor descriptors, where device and tensors allow it and few pixels are in vain. Of a third (triton_shared.py), programs
-share the steps of all tiles evenly, where these are few and of unequal length. grad_weight is a product for each tap,
-over the rectangle of outputs that read the image through it, gy^T [K, pixels] x x [pixels, C]. Its pixels are split
-over programs that leave fp32 partial sums, which a second stage adds in a fixed order: no atomics, the same bits every
-time.
+tensor descriptors, where device and tensors allow it and few pixels are in vain. The programs of a third
+(triton_shared.py) share the steps of all tiles evenly, where these are few and of unequal length. grad_weight is a
+product for each tap, over the rectangle of outputs that read the image through it, gy^T [K, pixels] x x [pixels, C].
+Its pixels are split over programs that leave fp32 partial sums, which a second stage adds in a fixed order: no atomics,
+the same bits every time.
 
 Every tensor has its channels adjacent (channels_last), and is copied once where it has not, targets too: written
 straight into a contiguous tensor, a tile takes an address for each element, and spills. What limits all three is the

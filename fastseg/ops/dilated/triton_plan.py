@@ -118,12 +118,13 @@ NARROW_CONFIGS = (
 )
 MAX_NARROW = 32  # results of a thread, where each store takes an address of its own
 # IEEE fp32 has no matrix unit. A thread multiplies what it holds in registers, so tiles are small too. A step is one
-# chain of additions: longer ones are less accurate than PyTorch's.
+# chain of additions: longer ones are less accurate than PyTorch's, but in the interpreter, where they save time.
+_IEEE_BLOCK_D = 64 if is_interpreted() else 32
 IEEE_CONFIGS = (
-    Config(64, 64, 32, 4, 3),
-    Config(64, 32, 32, 4, 3),
-    Config(32, 32, 32, 4, 3),
-    Config(16, 16, 32, 1, 3),
+    Config(64, 64, _IEEE_BLOCK_D, 4, 3),
+    Config(64, 32, _IEEE_BLOCK_D, 4, 3),
+    Config(32, 32, _IEEE_BLOCK_D, 4, 3),
+    Config(16, 16, _IEEE_BLOCK_D, 1, 3),
 )
 # Descriptors take no registers for addresses, so one tile is larger. Flat boxes are for large images, deep ones for
 # batches of small ones, and a row is for 1x1 filters, whose pixels need no shape.
