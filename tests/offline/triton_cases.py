@@ -144,6 +144,7 @@ class DilatedCase(NamedTuple):
         forced = operator.forced_config(operator.SHARED_CONFIG, operator.SHARED)
         with (
             mock.patch.object(operator, "device_limits", return_value=limits),
+            mock.patch.object(pyramid, "device_limits", return_value=limits),
             forced if self.shared else contextlib.nullcontext(),
             caught_launches(operator, self.index_64, self.tile) as launches,
             caught_launches(pyramid, self.index_64, None) as grouped,
@@ -206,6 +207,9 @@ def dilated_cases(target: int) -> list[DilatedCase]:
 
         if target == 90:
             cases += [case(tile=tile, activation=act) for tile in WIDE_CONFIGS for act in ("none", "silu")]
+            cases += [pyramid(tile=tile) for tile in WIDE_CONFIGS]
+            lone = WIDE_CONFIGS[1]
+            cases += [pyramid(tile=lone, activation="silu", scale=True), pyramid(tile=lone, statistics=True)]
             cases += [case(shared=True), case(shared=True, activation="silu", scale=True)]
         cases += [case(tile=tile) for tile in {c[3:]: c for c in GRAD_BOX_CONFIGS}.values()]
 

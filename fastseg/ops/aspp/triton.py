@@ -149,6 +149,7 @@ def aspp_product(
         p_weight = p_weights[0]
         for i in tl.static_range(1, len(p_weights)):
             p_weight = tl.where(i_branch == i, p_weights[i], p_weight)
+        # Every sum has steps: filters are odd, and their centres see no padding.
         acc = add_taps(
             acc, p_source + (i_sh * s_sh + i_sw * s_sw + i_source_channel), p_weight + i_weight_tap * C,
             o_source, o_column, n_depth, n_columns,
@@ -257,8 +258,9 @@ def _launch_product(
         PRECISION=precision(source.dtype),
     )
     limits = device_limits(source.device)
+    has_epilogue = statistics or not (scale is bias is None and activation == "none")
     plan = plan_branches(
-        targets, tuple(shapes), reduction == "sum", source.element_size(), layout, limits, dilated.forced
+        targets, tuple(shapes), reduction == "sum", source.element_size(), layout, limits, dilated.forced, has_epilogue
     )
     partials = None
     if statistics:

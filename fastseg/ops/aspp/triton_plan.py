@@ -29,6 +29,7 @@ from fastseg.ops.dilated.triton_plan import (
     power_of_two,
     tap_fields,
     tile_arguments,
+    wide_configs_for,
 )
 from fastseg.ops.live_taps import Rectangle, Span, Tap, rectangles
 from fastseg.ops.triton_common import ConvShape, DeviceTable, cdiv
@@ -144,6 +145,7 @@ def plan_branches(
     layout: Layout,
     device: Device,
     forced: Config | BoxConfig | None,
+    has_epilogue: bool = False,
 ) -> Plan:
     """The launch of aspp_product. `forced` replaces the choice of tile shape, except by boxes, which it cannot take."""
     # The longest programs start first.
@@ -164,6 +166,7 @@ def plan_branches(
     config = forced if isinstance(forced, Config) else None
     if config is None:
         configs = configs_for(itemsize, layout.PRECISION, loads, layout.GROUP_TARGET)
+        configs = (*wide_configs_for(configs, itemsize, layout, device, has_epilogue), *configs)
         config, _ = choose_config(configs, device, itemsize, programs, 1, steps)
 
     rows, sums, first, first_tile = [], [], 0, {}

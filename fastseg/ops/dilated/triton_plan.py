@@ -250,6 +250,14 @@ def configs_for(itemsize: int, precision: str, loads: int, stores: int) -> tuple
     return tuple(c for c in CONFIGS if c.results_per_thread <= MAX_NARROW) if is_narrow(itemsize, stores) else CONFIGS
 
 
+def wide_configs_for(
+    configs: tuple[Config, ...], itemsize: int, layout: Layout, device: Device, has_epilogue: bool
+) -> tuple[Config, ...]:
+    """The tiles that a device has registers for besides `configs`, which are those of configs_for."""
+    has_room = device.capability == 9 and itemsize == 2 and not layout.IS_INDEX_64
+    return WIDE_CONFIGS[1 if has_epilogue else 0 :] if has_room and configs is CONFIGS else ()
+
+
 def boxes_for(itemsize: int, layout: Layout, device: Device) -> tuple[BoxConfig, ...]:
     """The boxes that a device loads by descriptors: none before capability 9, and none of channels it cannot align.
 
@@ -392,9 +400,8 @@ def plan_product(
         boxes = tuple(c for c in boxes if c.results_per_thread <= MAX_IMAGE_BIAS)
     if isinstance(forced, GradBoxConfig) or (isinstance(forced, BoxConfig) and forced not in boxes):
         forced = None
-    has_room = device.capability == 9 and itemsize == 2 and not layout.IS_INDEX_64 and not has_image_bias
-    if has_room and has_neighbours and configs is CONFIGS:
-        configs = (*WIDE_CONFIGS[1 if has_epilogue else 0 :], *configs)
+    if has_neighbours and not has_image_bias:
+        configs = (*wide_configs_for(configs, itemsize, layout, device, has_epilogue), *configs)
     config, splits = forced, forced_splits
     if config is None:
         pixels = shape.H * shape.W if targets == "outputs" else shape.P * shape.Q
