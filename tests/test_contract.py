@@ -196,7 +196,8 @@ def test_gradcheck(family, case, target):
     assert torch.autograd.gradcheck(lambda *t: family.run(case, t, target.backend), tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize(("family", "case"), DIFFERENTIABLE)
+# Second derivatives are made of the same operators: many tiles only take longer.
+@pytest.mark.parametrize(("family", "case"), [p for p in DIFFERENTIABLE if "several-tiles" not in p.id])
 def test_double_backward(family, case, target):
     tensors = require_grad(make(family, case, torch.float64, target))
     assert torch.autograd.gradgradcheck(lambda *t: family.run(case, t, target.backend), tensors, fast_mode=True)

@@ -101,13 +101,14 @@ def test_one_image_still_fills_the_device():
     assert chosen(1, 2048, 256, 33, 2, "ieee", H200).programs >= H200.multiprocessors
 
 
-def planned(targets, outputs=256, rate=6, can_describe=True) -> triton_plan.Plan:
+def planned(targets, outputs=256, rate=6, can_describe=True, has_epilogue=False) -> triton_plan.Plan:
     """The launch of an ASPP branch, 16 images of 2048 channels, on a large GPU."""
     x = torch.empty(16, 2048, 33, 33, device="meta")
     weight = torch.empty(outputs, 2048, 3, 3, device="meta")
     shape = conv_shape(x, weight, [1, 1], [rate] * 4, [rate] * 2)
     layout = triton_plan.Layout(8, 8, 8, False, "ieee")
-    return triton_plan.plan_product(targets, shape, (rate,) * 4, 2, layout, can_describe, H200, None, 1)
+    padding, flags = (rate,) * 4, {"has_epilogue": has_epilogue}
+    return triton_plan.plan_product(targets, shape, padding, 2, layout, can_describe, H200, None, 1, **flags)
 
 
 @pytest.mark.skipif(is_interpreted(), reason="the interpreter chooses other tiles than a GPU")
@@ -120,6 +121,7 @@ def test_work_is_shared_where_few_tiles_are_of_unequal_length():
     assert (plan.programs - 1) * plan.arguments["n_share"] < steps <= plan.programs * plan.arguments["n_share"]
     rows = plan.table.on(torch.device("cpu")).tolist()
     assert [row[1] for row in rows] == sorted(row[1] for row in rows)
+    assert planned("outputs", has_epilogue=True).splits == triton_plan.SHARED
     assert planned("inputs").splits == planned("outputs", outputs=4096).splits == 1
     assert planned("outputs", can_describe=False).splits == 1
 

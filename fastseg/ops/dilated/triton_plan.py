@@ -33,8 +33,12 @@ class Config(NamedTuple):
     num_stages: int
 
     @property
+    def area(self) -> int:
+        return self.BLOCK_M * self.BLOCK_N
+
+    @property
     def results_per_thread(self) -> int:
-        return self.BLOCK_M * self.BLOCK_N // (32 * self.num_warps)
+        return self.area // (32 * self.num_warps)
 
     def depth(self, itemsize: int) -> int:
         """Terms of the sum in one step, which moves the same bytes in every dtype."""
@@ -63,6 +67,7 @@ class BoxConfig(NamedTuple):
     def BLOCK_M(self) -> int:
         return self.BOX_N * self.BOX_H * self.BOX_W
 
+    area = Config.area
     results_per_thread = Config.results_per_thread
     depth = Config.depth
     shared_memory = Config.shared_memory
@@ -82,6 +87,7 @@ class GradBoxConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
+    area = Config.area
     results_per_thread = Config.results_per_thread
     shared_memory = Config.shared_memory
 
@@ -168,8 +174,8 @@ L2_BYTES = 32 * 2**20  # what stays in the cache, of a source that is read once 
 REGISTERS, OTHER_REGISTERS = 65536, 48  # of a multiprocessor; of a thread, besides its results
 RESERVED_SHARED_MEMORY = 2048  # barriers, and what the system takes of each block
 
-SHARED = 0  # instead of splits: the steps of all sums are shared evenly by one program on each multiprocessor
-SPLITS = (SHARED, 1, 2, 3, 4, 6, 8)  # of a product's sums
+SPLITS = (1, 2, 3, 4, 6, 8)  # of a product's sums
+SHARED = 0  # instead of a split: the steps of all sums are shared evenly by one program on each multiprocessor
 FINISH_BLOCK_M, FINISH_BLOCK_N = 8, 128  # tile of their second stage
 
 # grad_weight: no more programs than a large GPU holds in two rounds, and so little for the second stage to read. The
@@ -278,39 +284,41 @@ def choose_config(
     steps,
     splits: Sequence[int] = (1,),
     is_streamed: bool = False,
+    may_share: bool = False,
 ) -> tuple[Config | BoxConfig | GradBoxConfig, int]:
     """The fastest configuration that fits the device, and into how many of `splits` its sums are cut; of equals the one
     with less work, then the smallest, then the first.
 
     `tiles(config)` lists how many row blocks there are of each depth, `steps(config)` the steps of each; `columns` is
-    the width of the product. `is_streamed`: whether the source comes from DRAM. Multiprocessors take the longest
-    programs first. One program that has a multiprocessor to itself takes the latency of its loads at least.
+    the width of the product. `is_streamed`: whether the source comes from DRAM; `may_share`: whether programs may share
+    the work evenly. Multiprocessors take the longest programs first. One program that has a multiprocessor to itself
+    takes the latency of its loads at least.
     """
 
-    def costs(config):
-        depth = config.depth(itemsize)
-        area = config.BLOCK_M * config.BLOCK_N
-        step = max(area, LOAD_COST * (config.BLOCK_M + config.BLOCK_N)) * depth * itemsize // 2
+    def step_cost(config):
+        step = max(config.area, LOAD_COST * (config.BLOCK_M + config.BLOCK_N)) * config.depth(itemsize) * itemsize // 2
         if isinstance(config, (BoxConfig, GradBoxConfig)):
             step -= step // BOX_GAIN
+        is_lone = is_streamed and _resident_programs(config, device, itemsize) == 1
+        return step + step // LONE_LOSS if is_lone else step
+
+    def shared_costs(config):
+        rows, depths = tiles(config), steps(config)
+        blocks = cdiv(columns, config.BLOCK_N)
+        programs = blocks * sum(rows)
+        total = blocks * sum(n * s for n, s in zip(rows, depths, strict=True))
+        if programs > device.multiprocessors and min(depths) > 0 and total <= MAX_STEPS:
+            time = cdiv(total, device.multiprocessors) * step_cost(config)
+            time += SHARED_COST * (programs + device.multiprocessors) // device.multiprocessors
+            yield (time, device.multiprocessors * time, config.area, config.depth(itemsize)), config, SHARED
+
+    def costs(config):
+        step = step_cost(config)
         resident = _resident_programs(config, device, itemsize)
-        if is_streamed and resident == 1:
-            step += step // LONE_LOSS
         rows, depths = tiles(config), steps(config)
         blocks = cdiv(columns, config.BLOCK_N)
         programs = blocks * sum(rows)
         for n_splits in splits:
-            if n_splits == SHARED:
-                total = blocks * sum(n * s for n, s in zip(rows, depths, strict=True))
-                if (
-                    config == SHARED_CONFIG
-                    and programs > device.multiprocessors
-                    and 0 < min(depths) <= total <= MAX_STEPS
-                ):
-                    time = cdiv(total, device.multiprocessors) * step
-                    time += SHARED_COST * (programs + device.multiprocessors) // device.multiprocessors
-                    yield (time, device.multiprocessors * time, area, depth), config, n_splits
-                continue
             if n_splits > 1 and (programs >= 2 * device.multiprocessors or config in WIDE_CONFIGS):
                 break
             at_once = 1 if is_interpreted() else min(resident, max(1, programs * n_splits // device.multiprocessors))
@@ -321,10 +329,15 @@ def choose_config(
             time = max(time, TILE_COST + max(turns) * max(step, STEP_LATENCY))
             if n_splits > 1:
                 time += SPLIT_COST + PARTIAL_COST * n_splits * sum(rows) * config.BLOCK_M * columns
-            yield (time, sum(length * n for length, n in classes), area, depth), config, n_splits
+            work = sum(length * n for length, n in classes)
+            yield (time, work, config.area, config.depth(itemsize)), config, n_splits
 
-    fitting = [c for c in configs if c.shared_memory(itemsize) <= device.shared_memory]
-    _, config, n_splits = min((row for c in fitting for row in costs(c)), key=lambda row: row[0])
+    def fitting(configs):
+        return [c for c in configs if c.shared_memory(itemsize) <= device.shared_memory]
+
+    found = [row for c in fitting(configs) for row in costs(c)]
+    found += [row for c in fitting([SHARED_CONFIG] if may_share else []) for row in shared_costs(c)]
+    _, config, n_splits = min(found, key=lambda row: row[0])
     return config, n_splits
 
 
@@ -406,9 +419,9 @@ def plan_product(
     if config is None:
         pixels = shape.H * shape.W if targets == "outputs" else shape.P * shape.Q
         is_streamed = shape.N * pixels * depth * itemsize > L2_BYTES
-        allowed = SPLITS if can_describe else SPLITS[1:]
+        may_share = can_describe and WIDE_CONFIGS[1] in configs
         config, splits = choose_config(
-            (*configs, *boxes), device, itemsize, tiles, columns, steps, allowed, is_streamed
+            (*configs, *boxes), device, itemsize, tiles, columns, steps, SPLITS, is_streamed, may_share
         )
     n_blocks = cdiv(columns, config.BLOCK_N)
     rows, first, first_step = [], 0, 0
