@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,22 @@ def test_a_share_of_what_is_timed_is_compiled(monkeypatch):
     monkeypatch.setattr(gpu.selection, "workload", lambda step, device: Work())
     assert gpu._compile_timed("cpu", 0, 2) == 2
     assert called == ["one", "five"]
+
+
+@pytest.mark.parametrize("written", [None, "<testsuite><testcase na"], ids=["nothing", "cut-off"])
+def test_results_of_tests_that_were_killed_are_missed(written, tmp_path, monkeypatch):
+    def run_printing(command, limit, environment):
+        if written is not None:
+            (option,) = (word for word in command if word.startswith("--junitxml="))
+            Path(option.removeprefix("--junitxml=")).write_text(written)
+        return "timed out", ""
+
+    monkeypatch.setattr(gpu, "_run_printing", run_printing)
+    run = gpu.Run(tmp_path / "record.json", "cpu", budget=30)
+    run.test("tests/test_gpu.py", 20)
+    left = record.load(tmp_path / "record.json")
+    assert left["failures"] == ["tests/test_gpu.py: no results"]
+    assert left["promises"] == {}
 
 
 def test_an_interrupted_test_without_a_name_is_counted(tmp_path):
@@ -89,4 +106,6 @@ def test_gpu_command_leaves_its_record_after_each_stage(tmp_path, monkeypatch):
         gpu.run_all(tmp_path / "record.json", "cpu", budget=30)
     assert order == ["smoke", "exactness"]
     left = record.load(tmp_path / "record.json")
-    assert [stage["name"] for stage in left["stages"]] == ["build", "smoke", "exactness"]
+    names = [stage["name"] for stage in left["stages"]]
+    assert names[:3] == ["build", "smoke", "exactness"]
+    assert set(names[3:]) <= {"memcheck", "racecheck"}  # which run beside the tests
