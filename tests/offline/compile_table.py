@@ -126,7 +126,7 @@ def lost_values(early: str, late: str) -> list[str]:
 
 def spills_in_products(sass: str) -> list[str]:
     """The accesses to spilled registers in the loop that multiplies on tensor cores, of a kernel's SASS."""
-    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    lines = [(int(m[1], 16), m[2].strip()) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
     jumps = [(int(m[1], 16), at) for at, line in lines if (m := re.search(r"\bBRA\b[^;]* 0x([0-9a-f]+)", line))]
     bodies = [[line for at, line in lines if first <= at <= last] for first, last in jumps if first <= last]
     loops = [body for body in bodies if any("GMMA" in line for line in body)]

@@ -158,6 +158,7 @@ MAX_RESULT_BYTES = 256  # of a thread's results in the dtype: TF32 is rounded in
 MAX_IMAGE_BIAS = 64  # results of a thread that boxes leave beside the image of each pixel, of which a bias is taken
 # ptxas spills a register or two where that fits one more block on a multiprocessor, with addresses for every element.
 NO_SPILLS = {"maxnreg": 255}
+SMALL_AREA = 32 * 32  # of a tile of grad_weight for which it does that, too
 
 # The model behind the choice, in multiply-adds of 16-bit data. A multiprocessor does about 2000 a cycle and loads about
 # 64 bytes from L2: a tile of 128 x 256 is where loads no longer count.
@@ -551,6 +552,7 @@ def plan_grad_weight(
         "stride_w": shapes[0].stride_w,
         "BLOCK_TAPS": power_of_two(len(rows)),
         **layout._asdict(),
+        **(NO_SPILLS if config.area <= SMALL_AREA else {}),
         **tile_arguments(config, itemsize, layout.PRECISION, loads),
     }
     has_boxes = isinstance(config, GradBoxConfig)
