@@ -58,7 +58,7 @@ def tiles(operator: str) -> list[Tile]:
         return [Tile("triton"), *(Tile("triton", c) for c in depthwise.CONFIGS), Tile("cuda")]
     shapes = (*dilated.BOX_CONFIGS, *dilated.WIDE_CONFIGS, *dilated.CONFIGS)
     return [
-        *(Tile("triton"), *(Tile("triton", c) for c in shapes if c.BLOCK_M * c.BLOCK_N >= 64 * 64)),
+        *(Tile("triton"), *(Tile("triton", c) for c in shapes if c.area >= 64 * 64)),
         Tile("triton", dilated.SHARED_CONFIG, shared=True),
         *(Tile("cuda"), *(Tile("cuda", tile) for tile in CUDA_TILES)),
     ]

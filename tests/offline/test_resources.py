@@ -79,8 +79,7 @@ def test_spills_in_the_inner_loop_are_noticed():
     assert spills_in_products(sass.format("LDL R3, [R1]")) == ["LDL R3, [R1]"]
 
 
-# Between two tiles, which takes a few nanoseconds of the microseconds that a tile takes; compile_everything looks at
-# their loops.
+# These spill between two tiles; what their inner loops may read of it, triton_rows checks.
 SPILLS_BETWEEN_TILES = ("dilated_forward_shared", "dilated_grad_input_shared")
 
 

@@ -243,7 +243,6 @@ class SeparableCase(NamedTuple):
     statistics: bool = False
     index_64: bool = False
     tile: tuple[int, ...] | None = None  # one of the tables' configurations; None: what the planner chooses
-    shared: bool = False  # whether programs share the work evenly, whatever the planner chooses
     target: int = TILES_TARGET  # what the planner takes the device for
 
     def __str__(self) -> str:

@@ -126,6 +126,16 @@ def test_work_is_shared_where_few_tiles_are_of_unequal_length():
     assert planned("outputs", can_describe=False).splits == 1
 
 
+def test_a_product_of_very_many_steps_has_a_table():
+    """Its entries have 32 bits, and steps are counted where they are shared alone."""
+    x = torch.empty(4096, 2048, 513, 513, device="meta")
+    shape = conv_shape(x, torch.empty(256, 2048, 3, 3, device="meta"), [1, 1], [6] * 4, [6] * 2)
+    layout = triton_plan.Layout(8, 8, 8, True, "ieee")
+    plan = triton_plan.plan_product("outputs", shape, (6,) * 4, 2, layout, True, H200, None, 1)
+    assert plan.splits == 1
+    assert len(plan.table.on(torch.device("cpu"))) == 9
+
+
 def test_tiles_fit_the_shared_memory():
     """A consumer's GPU has less than half of what a large one has."""
     small = Device(82, 100 * 1024, 8)

@@ -48,9 +48,7 @@ CONFIGS = (
 
 MAX_BLOCK_R = 8  # filter rows held at once; taller filters take several turns
 MAX_UNROLLED_S = 3  # wider filters loop over their columns
-MAX_CHAIN = (
-    25  # taps of fp32 that are added up in one chain; more are a sum of filter columns, as accurate as PyTorch's
-)
+MAX_CHAIN = 25  # taps of fp32 that are added up in one chain; more are a sum of filter columns, as in PyTorch
 # Elements that a thread may hold at once, without and with spills in sight: sums, and weights or output gradients. They
 # are fewer where each element takes an address and a predicate of its own (GROUP == 1).
 MAX_HELD = {"grouped": 100, "single": 72}

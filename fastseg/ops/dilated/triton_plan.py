@@ -429,9 +429,10 @@ def plan_product(
     for rectangle, count, n_steps in zip(found, tiles(config), steps(config), strict=True):
         spans = rectangle.rows, rectangle.columns
         rows.append((first, first_step, *(field for s in spans for field in (s.index, s.count, *tap_fields(s.taps)))))
-        count *= n_blocks if splits == SHARED else 1
+        if splits == SHARED:
+            count *= n_blocks
+            first_step += count * n_steps
         first += count
-        first_step += count * n_steps
     arguments = {
         "N": shape.N,
         "n_columns": columns,
