@@ -14,6 +14,7 @@ from tests.offline.compile_table import (
     Key,
     Table,
     compile_everything,
+    compile_launch,
     cuda_sources,
     lost_values,
     nvcc_compiler,
@@ -21,6 +22,7 @@ from tests.offline.compile_table import (
     spills_in_products,
     triton_compiler,
 )
+from tests.offline.triton_cases import DilatedCase
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") == "1", reason="TRITON_INTERPRET=1: kernels are interpreted, not compiled"
@@ -70,6 +72,18 @@ def test_a_value_that_a_loop_loses_is_noticed():
     assert lost_values(without, without) == lost_values(whole, loop.format("i32, tensor<16x64xf32, #mma>")) == []
     plain = "scf.for %i = %a to %b step %c  : i32 {"
     assert lost_values(plain, plain) == lost_values(whole + "\n" + plain, without) == []
+
+
+def test_products_that_wait_for_each_other_are_refused(tmp_path, monkeypatch):
+    """As those of a loop that may be empty do."""
+    from fastseg.ops.dilated.triton_plan import WIDE_CONFIGS
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, arguments = DilatedCase(tile=WIDE_CONFIGS[0], target=90).launches()[0]
+    assert arguments["HAS_STEPS"]
+    compile_launch(kernel, arguments, 90)
+    with pytest.raises(RuntimeError, match="products wait for each other"):
+        compile_launch(kernel, arguments | {"HAS_STEPS": False}, 90)
 
 
 def test_spills_in_the_inner_loop_are_noticed():

@@ -159,7 +159,7 @@ class DilatedCase(NamedTuple):
             is_wide = self.tile in operator.WIDE_CONFIGS
             has_grad_weight = not is_wide and not self.shared and not isinstance(self.tile, operator.BoxConfig)
             has_product = not isinstance(self.tile, operator.GradBoxConfig)
-            if not has_product or self.tile == operator.WIDE_CONFIGS[0]:
+            if not has_product or (self.tile == operator.WIDE_CONFIGS[0] and self.activation != "none"):
                 launches.clear()
             operator.backward(torch.empty_like(y), x, weight, *geometry, (has_product, has_grad_weight, False))
         return launches
